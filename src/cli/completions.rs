@@ -8,14 +8,14 @@ use clap_complete::Shell;
 use super::{Cli, CliError, Exit};
 
 #[derive(Debug, Args)]
-pub struct Arguments {
+pub struct CompletionsArguments {
     shell: Shell,
 }
 
 /// # Errors
 ///
 /// When standard output can't be written.
-pub fn run(arguments: &Arguments) -> Result<Exit, CliError> {
+pub fn run(arguments: &CompletionsArguments) -> Result<Exit, CliError> {
     io::stdout()
         .write_all(&script(arguments.shell))
         .map_err(CliError::output)?;

@@ -31,7 +31,7 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// What `quorate gateway` is told.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
-pub struct Arguments {
+pub struct GatewayArguments {
     /// Any members of the cluster; the others are learned from them [default: those of ./.cluster,
     /// else 127.0.0.1:9000 and 9001]
     #[arg(
@@ -64,7 +64,7 @@ pub struct Arguments {
     log_format: LogFormat,
 }
 
-impl Arguments {
+impl GatewayArguments {
     fn listening_on(&self) -> Vec<String> {
         let mut listen: Vec<String> = self.listen.iter().map(ToString::to_string).collect();
         if listen.is_empty() || self.ip.is_some() || !self.port.is_empty() {
@@ -112,7 +112,7 @@ impl Arguments {
 /// # Errors
 ///
 /// Why it could not start.
-pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
+pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
     telemetry::start(arguments.log.as_deref(), arguments.log_format);
     let listen = arguments.listening_on();
     let members = arguments.members(local_cluster(), &listen)?;
@@ -131,7 +131,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     );
     announce(&server.addresses());
     let store = Arc::new(RemoteStore::connect(members)?);
-    let lookout = Arc::new(Watching(Lookout::new(Arc::clone(&store))));
+    let lookout = Arc::new(GatewayHealth(Lookout::new(Arc::clone(&store))));
     let metrics = Arc::new(Metrics::new(vec![server.stats(), lookout.clone()]));
     let app = App::new(store, lookout.clone(), metrics, None, limits.clone());
     let stop = CancellationToken::new();
@@ -160,9 +160,9 @@ fn announce(addresses: &[SocketAddr]) {
 }
 
 /// A [`Lookout`] as the HTTP side sees it.
-struct Watching(Lookout);
+struct GatewayHealth(Lookout);
 
-impl Readiness for Watching {
+impl Readiness for GatewayHealth {
     fn ready(&self) -> Result<(), NotReady> {
         self.0.ready().map_err(|trouble| NotReady {
             code: trouble.code,
@@ -171,7 +171,7 @@ impl Readiness for Watching {
     }
 }
 
-impl MetricSource for Watching {
+impl MetricSource for GatewayHealth {
     fn collect(&self, text: &mut Exposition) {
         text.family(
             "quorate_gateway_ready",
@@ -215,10 +215,10 @@ mod tests {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
-        arguments: Arguments,
+        arguments: GatewayArguments,
     }
 
-    fn arguments(line: &[&str]) -> Arguments {
+    fn arguments(line: &[&str]) -> GatewayArguments {
         let line = Line::try_parse_from(std::iter::once(&"gateway").chain(line));
         line.unwrap_or_else(|error| panic!("{error}")).arguments
     }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use clap::Args;
 use tokio::time::timeout;
 
-use super::node_flags::{Given, given};
+use super::node_flags::{OptionalValue, given};
 use super::servers::seconds;
-use super::{CliError, Exit, complain};
+use super::{CliError, Exit, print_error};
 use crate::client::health;
 use crate::config::PORT_DEFAULT;
 use crate::types::{Address, ParseError};
@@ -17,14 +17,14 @@ use crate::types::{Address, ParseError};
 #[command(
     after_help = "Exit codes: 0 it lives (with --ready: it is ready), 1 it does not, 2 usage."
 )]
-pub struct Arguments {
+pub struct HealthArguments {
     /// The node or gateway to ask [default: the node of this machine, at the port of ADDRESS or
     /// 13800]
     #[arg(value_name = "HOST:PORT")]
     asked: Option<Address>,
     /// What the node of this machine is called
     #[arg(long, env = "ADDRESS", value_name = "HOST:PORT", hide = true)]
-    address: Option<Given<Address>>,
+    address: Option<OptionalValue<Address>>,
     /// Ask whether it should be given requests, not only whether it lives
     #[arg(long)]
     ready: bool,
@@ -33,7 +33,7 @@ pub struct Arguments {
     timeout: Duration,
 }
 
-impl Arguments {
+impl HealthArguments {
     /// Where to ask, one after the other. A node that listens on every address is asked by the
     /// loopback address first: the others come and go with the networks.
     fn candidates(&self) -> Result<Vec<Address>, ParseError> {
@@ -49,7 +49,7 @@ impl Arguments {
 /// # Errors
 ///
 /// When the address can't be made out.
-pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
+pub async fn run(arguments: HealthArguments) -> Result<Exit, CliError> {
     let path = if arguments.ready {
         "/readyz"
     } else {
@@ -69,7 +69,7 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
             Ok(Err(reason)) => reason,
             Err(_) => format!("no answer within {:?}", arguments.timeout),
         };
-        complain(&format!("{address}: {reason}"));
+        print_error(&format!("{address}: {reason}"));
     }
     Ok(Exit::Missing)
 }
@@ -82,7 +82,7 @@ mod tests {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
-        arguments: Arguments,
+        arguments: HealthArguments,
     }
 
     #[test]

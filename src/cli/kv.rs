@@ -18,18 +18,18 @@ const PAGE_ITEMS: usize = 1000;
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
-pub struct Arguments {
+pub struct KvArguments {
     #[command(flatten)]
     servers: Servers,
     /// Print JSON
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    command: Command,
+    command: KvCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum KvCommand {
     /// Write a key's value to standard output, byte for byte
     #[command(after_help = EXIT_CODES)]
     Get {
@@ -54,7 +54,7 @@ enum Command {
         #[arg(short = 't', long, value_name = "TYPE")]
         content_type: Option<String>,
         #[command(flatten)]
-        conditions: Conditions,
+        conditions: WriteConditions,
     },
     /// Delete a key
     #[command(after_help = EXIT_CODES)]
@@ -62,7 +62,7 @@ enum Command {
         /// The key, as it is: nothing in it is escaped
         key: String,
         #[command(flatten)]
-        conditions: Conditions,
+        conditions: WriteConditions,
     },
     /// List keys and values in key order
     #[command(after_help = EXIT_CODES)]
@@ -87,7 +87,7 @@ enum Command {
 
 /// What must hold for a write to happen.
 #[derive(Debug, Args)]
-struct Conditions {
+struct WriteConditions {
     /// Only if the key is at this revision (`*`: if it exists)
     #[arg(long, value_name = "REVISION")]
     if_match: Option<String>,
@@ -100,7 +100,7 @@ struct Conditions {
     idempotency_key: Option<String>,
 }
 
-impl Conditions {
+impl WriteConditions {
     fn headers(self, content_type: Option<String>) -> WriteHeaders {
         WriteHeaders {
             content_type,
@@ -120,11 +120,11 @@ fn entity_tag(text: String) -> String {
 /// # Errors
 ///
 /// When a condition fails, nobody answers, or standard output is closed.
-pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
+pub async fn run(arguments: KvArguments) -> Result<Exit, CliError> {
     let mut client = arguments.servers.client();
     match arguments.command {
-        Command::Get { key, stale } => get(&mut client, &key, stale, arguments.json).await,
-        Command::Put {
+        KvCommand::Get { key, stale } => get(&mut client, &key, stale, arguments.json).await,
+        KvCommand::Put {
             key,
             value,
             file,
@@ -147,7 +147,7 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
                 &text,
             )
         }
-        Command::Del { key, conditions } => match client
+        KvCommand::Del { key, conditions } => match client
             .delete(key.as_bytes(), &conditions.headers(None))
             .await?
         {
@@ -161,7 +161,7 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
                 )
             }
         },
-        Command::Ls {
+        KvCommand::Ls {
             prefix,
             limit,
             keys_only,
@@ -286,7 +286,7 @@ fn read_value(value: Option<String>, file: Option<&Path>) -> Result<Bytes, CliEr
 }
 
 fn missing(key: &str) -> Result<Exit, CliError> {
-    super::complain(&format!("there is no key '{}'", key.escape_debug()));
+    super::print_error(&format!("there is no key '{}'", key.escape_debug()));
     Ok(Exit::Missing)
 }
 

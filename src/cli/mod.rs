@@ -37,19 +37,19 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a node.
-    Serve(Box<node_flags::Arguments>),
+    Serve(Box<node_flags::ServeArguments>),
     /// Serve a cluster to clients of any dialect, keeping no data.
-    Gateway(gateway::Arguments),
+    Gateway(gateway::GatewayArguments),
     /// Read and write keys.
-    Kv(kv::Arguments),
+    Kv(kv::KvArguments),
     /// Look at a cluster, change its nodes, replicas and shards, and hand leaderships over.
-    Cluster(cluster::Arguments),
+    Cluster(cluster::ClusterArguments),
     /// Ask one node or gateway whether it lives.
-    Health(health::Arguments),
+    Health(health::HealthArguments),
     /// Load a cluster (or another HTTP key-value server) and measure.
-    Bench(Box<bench::Arguments>),
+    Bench(Box<bench::BenchArguments>),
     /// Print a completion script for a shell.
-    Completions(completions::Arguments),
+    Completions(completions::CompletionsArguments),
 }
 
 /// What the exit codes mean. In the help of every command.
@@ -154,14 +154,14 @@ pub fn run(cli: Cli) -> ExitCode {
         Ok(Exit::Interrupted) => ExitCode::from(130),
         Err(error) if error.is_closed_pipe() => ExitCode::SUCCESS,
         Err(error) => {
-            complain(&error);
+            print_error(&error);
             ExitCode::from(error.code())
         }
     }
 }
 
 /// One line on standard error. If that is closed too, nobody wants to know.
-pub fn complain(error: &dyn std::fmt::Display) {
+pub fn print_error(error: &dyn std::fmt::Display) {
     drop(writeln!(io::stderr(), "quorate: {error}"));
 }
 

@@ -31,15 +31,15 @@ pub const CONNECTIONS_MAX: usize = 20_000;
 
 /// What `quorate serve` is told.
 #[derive(Debug, Args)]
-pub struct Arguments {
+pub struct ServeArguments {
     /// What others call this node (host:port); it listens there unless told otherwise [default:
     /// 127.0.0.1:13800]
     #[arg(long, env = "ADDRESS", value_name = "HOST:PORT")]
-    pub address: Option<Given<Address>>,
+    pub address: Option<OptionalValue<Address>>,
     /// The nodes of the cluster to found or to join, this one among them, separated by commas
     /// [default: this node alone]
     #[arg(short, long, env = "VIEW", value_name = "HOST:PORT,...")]
-    pub view: Option<Given<Addresses>>,
+    pub view: Option<OptionalValue<Addresses>>,
     /// Join a cluster and never found one: where every node of the view is empty, wait. For nodes
     /// of a cluster that is there
     #[arg(
@@ -55,7 +55,7 @@ pub struct Arguments {
     /// Nodes per shard. Without --shards each node then belongs to exactly one shard; else each has
     /// one shard with up to 3 replicas
     #[arg(long, env = "REPL_FACTOR", value_name = "R", value_parser = repl_factor)]
-    pub repl_factor: Option<Given<u8>>,
+    pub repl_factor: Option<OptionalValue<u8>>,
     /// Number of shards [default: one per node]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub shards: Option<u16>,
@@ -68,7 +68,7 @@ pub struct Arguments {
     pub listen: Vec<Address>,
     /// What clients are redirected to, if that is another address
     #[arg(long, env = "PUBLIC_ADDRESS", value_name = "HOST:PORT")]
-    pub public_address: Option<Given<Address>>,
+    pub public_address: Option<OptionalValue<Address>>,
     /// Listen on this IP address (0.0.0.0: on all)
     #[arg(short, long, value_name = "IP")]
     pub ip: Option<IpAddr>,
@@ -158,7 +158,7 @@ pub struct Arguments {
     pub log_format: LogFormat,
 }
 
-impl Arguments {
+impl ServeArguments {
     /// # Errors
     ///
     /// When the parts of an address given apart do not make one.
@@ -262,23 +262,23 @@ fn host_port(ip: IpAddr, port: u16) -> Result<Address, ParseError> {
 
 /// A value that may be empty, which counts as not given.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Given<T>(Option<T>);
+pub struct OptionalValue<T>(Option<T>);
 
-impl<T: FromStr> FromStr for Given<T> {
+impl<T: FromStr> FromStr for OptionalValue<T> {
     type Err = T::Err;
 
     fn from_str(text: &str) -> Result<Self, T::Err> {
         let text = text.trim();
         if text.is_empty() {
-            Ok(Given(None))
+            Ok(OptionalValue(None))
         } else {
-            text.parse().map(|value| Given(Some(value)))
+            text.parse().map(|value| OptionalValue(Some(value)))
         }
     }
 }
 
 /// What was given and is not empty.
-pub fn given<T>(value: Option<&Given<T>>) -> Option<&T> {
+pub fn given<T>(value: Option<&OptionalValue<T>>) -> Option<&T> {
     value.and_then(|given| given.0.as_ref())
 }
 
@@ -324,9 +324,9 @@ fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
-fn repl_factor(text: &str) -> Result<Given<u8>, String> {
+fn repl_factor(text: &str) -> Result<OptionalValue<u8>, String> {
     let expected = || format!("expected a number from 1 to {REPL_FACTOR_MAX}");
-    let factor: Given<u8> = text.parse().map_err(|_| expected())?;
+    let factor: OptionalValue<u8> = text.parse().map_err(|_| expected())?;
     if factor
         .0
         .is_none_or(|factor| (1..=REPL_FACTOR_MAX).contains(&factor))
@@ -346,7 +346,7 @@ mod tests {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
-        arguments: Arguments,
+        arguments: ServeArguments,
     }
 
     /// The environment of the tests must not configure what they look at: an empty flag is as good

@@ -16,7 +16,7 @@ use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream};
 use tokio_util::sync::CancellationToken;
 
-use super::node_flags::Arguments;
+use super::node_flags::ServeArguments;
 use super::signals;
 use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
@@ -70,7 +70,7 @@ pub enum ServeError {
 /// # Errors
 ///
 /// Why it could not start, or had to stop.
-pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
+pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
     telemetry::start(arguments.log.as_deref(), arguments.log_format);
     let started = Instant::now();
     let config = NodeConfig {
@@ -142,7 +142,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
 
 /// A node as it is served.
 pub fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
-    let face = Arc::new(Face { node: node.clone() });
+    let face = Arc::new(NodeService { node: node.clone() });
     let metrics = Arc::new(Metrics::new(vec![server.stats(), face.clone()]));
     App::new(node.clone(), face.clone(), metrics, Some(face), limits)
 }
@@ -181,11 +181,11 @@ fn program(running: io::Result<PathBuf>, started_as: Option<OsString>) -> io::Re
 }
 
 /// A node as the HTTP side sees it.
-struct Face {
+struct NodeService {
     node: Arc<Node>,
 }
 
-impl Readiness for Face {
+impl Readiness for NodeService {
     fn ready(&self) -> Result<(), NotReady> {
         self.node.ready().map_err(|unready| NotReady {
             code: unready.code,
@@ -198,7 +198,7 @@ impl Readiness for Face {
     }
 }
 
-impl MetricSource for Face {
+impl MetricSource for NodeService {
     fn collect(&self, text: &mut Exposition) {
         text.family(
             "quorate_ready",
@@ -225,7 +225,7 @@ impl MetricSource for Face {
     }
 }
 
-impl PeerService for Face {
+impl PeerService for NodeService {
     fn lane(
         &self,
         lane: &str,

@@ -1,8 +1,8 @@
 //! Reads request bodies, within limits: of one body, of all that are in flight, and in time.
 //!
 //! Invariant: a byte of a body is charged to the common budget before it is kept, and given back
-//! when its [`BodyBytes`] is dropped. A body that is declared too large is refused before any of it is
-//! read, so a client that sent `Expect: 100-continue` never sends it.
+//! when its [`BodyBytes`] is dropped. A body that is declared too large is refused before any of it
+//! is read, so a client that sent `Expect: 100-continue` never sends it.
 
 use std::ops::Deref;
 use std::sync::Arc;

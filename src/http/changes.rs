@@ -1,5 +1,5 @@
-//! [`ChangeWaiters`]: those who wait for the end of a change of the view, and the look at it that they
-//! share.
+//! [`ChangeWaiters`]: those who wait for the end of a change of the view, and the look at it that
+//! they share.
 //!
 //! A wait is long and costs its client nothing, so there are few at once, whoever asks: one more is
 //! refused before anything is done. They do not ask the leader of the meta group one by one. A node

@@ -58,7 +58,7 @@ pub fn charge(response: Response, answers: &Arc<Budget>) -> Result<Response, Box
 /// # Errors
 ///
 /// Where there is no room for it.
-pub fn charge_piece(piece: Bytes, answers: &Arc<Budget>) -> Result<Bytes, Failure> {
+pub fn charge_chunk(piece: Bytes, answers: &Arc<Budget>) -> Result<Bytes, Failure> {
     if piece.len() <= UNCHARGED_BYTES_MAX {
         return Ok(piece);
     }
@@ -135,8 +135,8 @@ mod tests {
         );
         drop((bytes, small));
         assert_eq!(answers.used(), 0);
-        assert!(charge_piece(Bytes::from(vec![0; 20_000]), &answers).is_err());
-        drop(charge_piece(Bytes::from(vec![0; 10_000]), &answers).expect("all of it"));
+        assert!(charge_chunk(Bytes::from(vec![0; 20_000]), &answers).is_err());
+        drop(charge_chunk(Bytes::from(vec![0; 10_000]), &answers).expect("all of it"));
         assert_eq!(answers.used(), 0);
     }
 }

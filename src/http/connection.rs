@@ -4,8 +4,8 @@
 //! has no place here; and in order when the server stops. HTTP/1 is timed by hyper between
 //! requests, HTTP/2, where streams come and go, is timed here.
 //!
-//! What a connection is watched by is asked only when it has something to say ([`WakeGate`]), not with
-//! every request.
+//! What a connection is watched by is asked only when it has something to say ([`WakeGate`]), not
+//! with every request.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -254,7 +254,9 @@ impl ConnectionContext {
                         return ConnectionEvent::ShutDown;
                     }
                 }
-                () = state.permit.evicted(), if timers.awaits_first_request && state.permit.is_overflow() => {
+                () = state.permit.evicted(),
+                    if timers.awaits_first_request && state.permit.is_overflow() =>
+                {
                     return ConnectionEvent::End;
                 }
                 () = state.last_answer_sent.notified(), if !timers.is_ending => {
@@ -263,10 +265,10 @@ impl ConnectionContext {
                 }
                 () = state.streams.notified(), if !timers.has_streams => {
                     timers.has_streams = true;
-                    timers.stream_check.as_mut().reset(Instant::now() + self.stream_check_interval());
+                    timers.check_streams_in(self.stream_check_interval());
                 }
                 () = timers.stream_check.as_mut(), if timers.has_streams => {
-                    timers.stream_check.as_mut().reset(Instant::now() + self.stream_check_interval());
+                    timers.check_streams_in(self.stream_check_interval());
                     if self.is_stalled(state) {
                         return ConnectionEvent::End;
                     }
@@ -275,7 +277,9 @@ impl ConnectionContext {
                         return ConnectionEvent::ShutDown;
                     }
                 }
-                () = timers.shutdown_timeout.as_mut(), if timers.is_ending => return ConnectionEvent::End,
+                () = timers.shutdown_timeout.as_mut(), if timers.is_ending => {
+                    return ConnectionEvent::End;
+                }
             }
         }
     }
@@ -337,6 +341,11 @@ impl ConnectionTimers<'_, '_> {
         self.shutdown_timeout
             .as_mut()
             .reset(Instant::now() + SHUTDOWN_TIMEOUT);
+    }
+
+    /// Schedules the next check of the streams of HTTP/2.
+    fn check_streams_in(&mut self, interval: Duration) {
+        self.stream_check.as_mut().reset(Instant::now() + interval);
     }
 }
 

@@ -75,7 +75,7 @@ pub struct App {
     pub limits: Limits,
     bodies: Arc<Budget>,
     answers: Arc<Budget>,
-    quorums: dialects::SilentQuorums,
+    quorum_timeouts: dialects::QuorumTimeouts,
     changes: changes::ChangeWaiters,
     /// Cancelled when the lanes of peers have to end.
     lanes_end: CancellationToken,
@@ -102,7 +102,7 @@ impl App {
             limits,
             bodies,
             answers,
-            quorums: dialects::SilentQuorums::default(),
+            quorum_timeouts: dialects::QuorumTimeouts::default(),
             changes,
             lanes_end: CancellationToken::new(),
         }

@@ -6,8 +6,8 @@
 //! ends with all that it held. Nothing is timed while the kernel takes what it is given, so this
 //! costs a connection in use nothing.
 //!
-//! While answers have little room, one over HTTP/1 has to be taken at a rate too ([`SlowClientLimit`]).
-//! Streams of HTTP/2 have theirs in [`ResponseTracker`].
+//! While answers have little room, one over HTTP/1 has to be taken at a rate too
+//! ([`SlowClientLimit`]). Streams of HTTP/2 have theirs in [`ResponseTracker`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;

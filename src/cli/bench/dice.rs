@@ -5,14 +5,14 @@ use std::str::FromStr;
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 #[derive(Debug, Clone)]
-pub struct Dice(u64);
+pub struct Rng(u64);
 
-impl Dice {
+impl Rng {
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub fn roll(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -23,12 +23,12 @@ impl Dice {
     /// From 0 on, below `bound`, which is above 0. The bias of the multiplication is below 2^-32
     /// for what is used here.
     pub fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.roll()) * u128::from(bound)) >> 64) as u64
+        ((u128::from(self.next_u64()) * u128::from(bound)) >> 64) as u64
     }
 
     /// From 0 on, below 1.
     pub fn fraction(&mut self) -> f64 {
-        (self.roll() >> 11) as f64 / (1u64 << 53) as f64
+        (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
@@ -71,7 +71,7 @@ impl fmt::Display for Distribution {
 /// Draws key numbers. Zipfian by the method of Gray et al., "Quickly Generating Billion-Record
 /// Synthetic Databases" (1994), as in YCSB.
 #[derive(Debug, Clone)]
-pub enum Chooser {
+pub enum KeyChooser {
     Uniform {
         keys: u64,
     },
@@ -84,16 +84,16 @@ pub enum Chooser {
     },
 }
 
-impl Chooser {
+impl KeyChooser {
     /// Takes time in proportion to `keys` for a zipfian one: make it once and clone it.
     pub fn new(distribution: Distribution, keys: u64) -> Self {
         match distribution {
-            Distribution::Uniform => Chooser::Uniform { keys },
+            Distribution::Uniform => KeyChooser::Uniform { keys },
             Distribution::Zipfian(theta) => {
                 let zeta: f64 = (1..=keys).map(|rank| (rank as f64).powf(-theta)).sum();
                 let zeta_2 = 1.0 + 0.5f64.powf(theta);
                 let eta = (1.0 - (2.0 / keys as f64).powf(1.0 - theta)) / (1.0 - zeta_2 / zeta);
-                Chooser::Zipfian {
+                KeyChooser::Zipfian {
                     keys,
                     theta,
                     alpha: 1.0 / (1.0 - theta),
@@ -104,17 +104,17 @@ impl Chooser {
         }
     }
 
-    pub fn choose(&self, dice: &mut Dice) -> u64 {
+    pub fn choose(&self, rng: &mut Rng) -> u64 {
         match *self {
-            Chooser::Uniform { keys } => dice.below(keys),
-            Chooser::Zipfian {
+            KeyChooser::Uniform { keys } => rng.below(keys),
+            KeyChooser::Zipfian {
                 keys,
                 theta,
                 alpha,
                 zeta,
                 eta,
             } => {
-                let u = dice.fraction();
+                let u = rng.fraction();
                 let uz = u * zeta;
                 if uz < 1.0 {
                     return 0;
@@ -134,9 +134,9 @@ mod tests {
     use super::*;
 
     fn counts(distribution: Distribution, keys: u64, draws: u64) -> Vec<u64> {
-        let (chooser, mut dice) = (Chooser::new(distribution, keys), Dice::new(7));
+        let (chooser, mut rng) = (KeyChooser::new(distribution, keys), Rng::new(7));
         let mut counts = vec![0; keys as usize];
-        (0..draws).for_each(|_| counts[chooser.choose(&mut dice) as usize] += 1);
+        (0..draws).for_each(|_| counts[chooser.choose(&mut rng) as usize] += 1);
         counts
     }
 

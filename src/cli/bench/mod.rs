@@ -15,7 +15,7 @@ mod tally;
 mod template;
 mod worker;
 
-pub use options::Arguments;
+pub use options::BenchArguments;
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
@@ -27,20 +27,20 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use self::options::Plan;
-use self::pace::Pace;
+use self::options::BenchPlan;
+use self::pace::RequestSchedule;
 use self::report::Report;
-use self::tally::{Progress, Tally, Trouble};
-use self::worker::{Shared, Worker};
+use self::tally::{BenchProgress, RequestError, Tally};
+use self::worker::{BenchContext, Worker};
 use super::{CliError, Exit};
 
 /// # Errors
 ///
 /// When the arguments do not fit together, no server answers at the start, or the output is closed.
-pub fn run(arguments: Arguments) -> Result<Exit, CliError> {
+pub fn run(arguments: BenchArguments) -> Result<Exit, CliError> {
     let json = arguments.json;
     let threads = arguments.threads;
-    let plan = Plan::check(arguments)?;
+    let plan = BenchPlan::check(arguments)?;
     let report = runtime(threads)?.block_on(measure(plan))?;
     let text = if json {
         report.json()
@@ -67,24 +67,29 @@ fn runtime(threads: usize) -> Result<Runtime, CliError> {
     })
 }
 
-async fn measure(plan: Plan) -> Result<Report, CliError> {
-    let shared = Arc::new(Shared::prepare(plan).await?);
-    if shared.plan.preload {
-        preload(&shared).await?;
+async fn measure(plan: BenchPlan) -> Result<Report, CliError> {
+    let context = Arc::new(BenchContext::prepare(plan).await?);
+    if context.plan.preload {
+        preload(&context).await?;
     }
     let start = Instant::now();
-    let measured_from = start + shared.plan.warm_up;
-    let end = measured_from + shared.plan.duration;
-    let pace = Arc::new(Pace::new(start, end, shared.plan.rate, shared.plan.timeout));
-    let progress = Arc::new(Progress::default());
-    let workers = (0..shared.plan.connections).map(|number| {
-        let worker = Worker::new(number, Arc::clone(&shared), Arc::clone(&progress));
-        tokio::spawn(worker.run(Arc::clone(&pace), measured_from))
+    let measured_from = start + context.plan.warm_up;
+    let end = measured_from + context.plan.duration;
+    let schedule = Arc::new(RequestSchedule::new(
+        start,
+        end,
+        context.plan.rate,
+        context.plan.timeout,
+    ));
+    let progress = Arc::new(BenchProgress::default());
+    let workers = (0..context.plan.connections).map(|number| {
+        let worker = Worker::new(number, Arc::clone(&context), Arc::clone(&progress));
+        tokio::spawn(worker.run(Arc::clone(&schedule), measured_from))
     });
     let workers: Vec<JoinHandle<Tally>> = workers.collect();
     let showing = tokio::spawn(show(Arc::clone(&progress), start, measured_from));
     let tallies = join_all(workers).await;
-    let took = measured_from.elapsed().max(shared.plan.duration);
+    let took = measured_from.elapsed().max(context.plan.duration);
     hide(showing);
     let mut total = Tally::new();
     for tally in tallies {
@@ -92,16 +97,16 @@ async fn measure(plan: Plan) -> Result<Report, CliError> {
             tally.map_err(|error| CliError::Usage(format!("a worker ended early: {error}")))?;
         total.merge(&tally);
     }
-    total.errors_of(Trouble::Unsent, pace.unsent());
-    Ok(Report::new(&shared.plan, took, &total))
+    total.errors_of(RequestError::Unsent, schedule.unsent());
+    Ok(Report::new(&context.plan, took, &total))
 }
 
 /// Writes every key once, as fast as the connections take it.
-async fn preload(shared: &Arc<Shared>) -> Result<(), CliError> {
-    let progress = Arc::new(Progress::default());
-    let workers = (0..shared.plan.connections).map(|number| {
-        let worker = Worker::new(number, Arc::clone(shared), Arc::clone(&progress));
-        tokio::spawn(worker.preload(shared.plan.connections))
+async fn preload(context: &Arc<BenchContext>) -> Result<(), CliError> {
+    let progress = Arc::new(BenchProgress::default());
+    let workers = (0..context.plan.connections).map(|number| {
+        let worker = Worker::new(number, Arc::clone(context), Arc::clone(&progress));
+        tokio::spawn(worker.preload(context.plan.connections))
     });
     let workers: Vec<JoinHandle<Result<(), String>>> = workers.collect();
     let start = Instant::now();
@@ -130,7 +135,7 @@ fn hide(showing: JoinHandle<()>) {
 }
 
 /// A line each second: overwritten on a terminal, one below the other elsewhere.
-async fn show(progress: Arc<Progress>, start: Instant, measured_from: Instant) {
+async fn show(progress: Arc<BenchProgress>, start: Instant, measured_from: Instant) {
     let terminal = io::stderr().is_terminal();
     let (before, after) = if terminal {
         ("\r\x1b[K", "")
@@ -168,9 +173,9 @@ mod tests {
     use clap::Parser;
     use http::Method;
 
-    fn plan(arguments: &[&str]) -> Plan {
+    fn plan(arguments: &[&str]) -> BenchPlan {
         match Cli::parse_from(["quorate", "bench"].iter().chain(arguments)).command {
-            crate::cli::Command::Bench(arguments) => Plan::check(*arguments).expect("a plan"),
+            crate::cli::Command::Bench(arguments) => BenchPlan::check(*arguments).expect("a plan"),
             other => panic!("{other:?}"),
         }
     }

@@ -18,7 +18,7 @@ const VALUE_BYTES_MAX: usize = 8 << 20;
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
-pub struct Arguments {
+pub struct BenchArguments {
     #[command(flatten)]
     servers: Servers,
     /// put, get, stale-get, mixed or mixed=READ% (50 if not given)
@@ -136,15 +136,15 @@ impl fmt::Display for Workload {
 
 /// Whom the load goes to.
 #[derive(Debug)]
-pub enum Kind {
+pub enum LoadTarget {
     Native(Workload),
     Template(Template),
 }
 
 /// Arguments that fit together.
 #[derive(Debug)]
-pub struct Plan {
-    pub kind: Kind,
+pub struct BenchPlan {
+    pub target: LoadTarget,
     /// What the report calls it.
     pub name: String,
     pub servers: Vec<Address>,
@@ -161,11 +161,11 @@ pub struct Plan {
     pub preload: bool,
 }
 
-impl Plan {
+impl BenchPlan {
     /// # Errors
     ///
     /// When the arguments do not fit together.
-    pub fn check(arguments: Arguments) -> Result<Self, CliError> {
+    pub fn check(arguments: BenchArguments) -> Result<Self, CliError> {
         let usage = |text: &str| Err(CliError::Usage(text.to_owned()));
         if arguments
             .rate
@@ -183,9 +183,9 @@ impl Plan {
             );
         }
         let servers = arguments.servers.addresses();
-        let (kind, name) = match &arguments.url_template {
+        let (target, name) = match &arguments.url_template {
             None => (
-                Kind::Native(arguments.workload),
+                LoadTarget::Native(arguments.workload),
                 arguments.workload.to_string(),
             ),
             Some(url) => {
@@ -198,11 +198,11 @@ impl Plan {
                     &servers,
                 );
                 let template = template.map_err(CliError::Usage)?;
-                (Kind::Template(template), url.clone())
+                (LoadTarget::Template(template), url.clone())
             }
         };
         Ok(Self {
-            kind,
+            target,
             name,
             servers,
             timeout: arguments.servers.timeout(),

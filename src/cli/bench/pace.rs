@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep_until};
 
 /// Hands out the moments at which requests are due, to all workers together.
 #[derive(Debug)]
-pub struct Pace {
+pub struct RequestSchedule {
     start: Instant,
     end: Instant,
     /// None: as soon as the worker is free.
@@ -15,19 +15,19 @@ pub struct Pace {
     /// When what was due and could not be sent is given up: a rate above what the servers take
     /// would never end.
     give_up: Instant,
-    given: AtomicU64,
+    issued: AtomicU64,
     sent: AtomicU64,
 }
 
-impl Pace {
-    /// `patience`: how long after the end late requests are still sent.
-    pub fn new(start: Instant, end: Instant, rate: Option<f64>, patience: Duration) -> Self {
+impl RequestSchedule {
+    /// `grace`: how long after the end late requests are still sent.
+    pub fn new(start: Instant, end: Instant, rate: Option<f64>, grace: Duration) -> Self {
         Self {
             start,
             end,
             rate,
-            give_up: end + patience,
-            given: AtomicU64::new(0),
+            give_up: end + grace,
+            issued: AtomicU64::new(0),
             sent: AtomicU64::new(0),
         }
     }
@@ -51,7 +51,7 @@ impl Pace {
         let Some(rate) = self.rate else {
             return (now < self.end).then_some(now);
         };
-        let ticket = self.given.fetch_add(1, Ordering::Relaxed);
+        let ticket = self.issued.fetch_add(1, Ordering::Relaxed);
         let due = self.start + Duration::from_secs_f64(ticket as f64 / rate);
         if due >= self.end || now >= self.give_up {
             return None;
@@ -72,7 +72,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_open_loop_counts_from_when_a_request_was_due() {
         let start = Instant::now();
-        let pace = Pace::new(
+        let schedule = RequestSchedule::new(
             start,
             start + Duration::from_secs(1),
             Some(10.0),
@@ -86,45 +86,46 @@ mod tests {
                 at - expected
             );
         };
-        close(pace.next().await.expect("time is left"), due(0));
-        close(pace.next().await.expect("time is left"), due(1));
+        close(schedule.next().await.expect("time is left"), due(0));
+        close(schedule.next().await.expect("time is left"), due(1));
         // The server stalls for a while: what was due meanwhile is late from the start.
         tokio::time::advance(Duration::from_millis(350)).await;
         for n in [2, 3, 4] {
-            assert_eq!(pace.next().await, Some(due(n)));
+            assert_eq!(schedule.next().await, Some(due(n)));
         }
-        close(pace.next().await.expect("time is left"), due(5));
+        close(schedule.next().await.expect("time is left"), due(5));
         // However late: everything that was due is sent.
         tokio::time::advance(Duration::from_secs(60)).await;
         for n in [6, 7, 8, 9] {
-            assert_eq!(pace.next().await, Some(due(n)));
+            assert_eq!(schedule.next().await, Some(due(n)));
         }
-        assert_eq!(pace.next().await, None);
-        assert_eq!(pace.unsent(), 0);
+        assert_eq!(schedule.next().await, None);
+        assert_eq!(schedule.unsent(), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_rate_that_nobody_can_keep_comes_to_an_end() {
         let start = Instant::now();
-        let pace = Pace::new(
+        let schedule = RequestSchedule::new(
             start,
             start + Duration::from_secs(1),
             Some(100.0),
             Duration::from_secs(5),
         );
-        assert!(pace.next().await.is_some());
+        assert!(schedule.next().await.is_some());
         tokio::time::advance(Duration::from_secs(7)).await;
-        assert_eq!((pace.next().await, pace.unsent()), (None, 99));
+        assert_eq!((schedule.next().await, schedule.unsent()), (None, 99));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_closed_loop_is_always_due_until_the_end() {
         let start = Instant::now();
-        let pace = Pace::new(start, start + Duration::from_secs(1), None, Duration::ZERO);
-        assert_eq!(pace.next().await, Some(start));
+        let schedule =
+            RequestSchedule::new(start, start + Duration::from_secs(1), None, Duration::ZERO);
+        assert_eq!(schedule.next().await, Some(start));
         tokio::time::advance(Duration::from_millis(999)).await;
-        assert!(pace.next().await.is_some());
+        assert!(schedule.next().await.is_some());
         tokio::time::advance(Duration::from_millis(1)).await;
-        assert_eq!(pace.next().await, None);
+        assert_eq!(schedule.next().await, None);
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::options::Plan;
+use super::options::BenchPlan;
 use super::tally::Tally;
 
 /// The result of a run. Latencies are in microseconds, of what was done; errors have none.
@@ -26,11 +26,11 @@ pub struct Report {
     missing: u64,
     redirects: u64,
     errors: BTreeMap<String, u64>,
-    latency_us: Latencies,
+    latency_us: LatencyReport,
 }
 
 #[derive(Debug, Serialize)]
-struct Latencies {
+struct LatencyReport {
     mean: f64,
     p50: u64,
     p90: u64,
@@ -40,8 +40,8 @@ struct Latencies {
 }
 
 impl Report {
-    pub fn new(plan: &Plan, took: Duration, total: &Tally) -> Self {
-        let latency_us = Latencies {
+    pub fn new(plan: &BenchPlan, took: Duration, total: &Tally) -> Self {
+        let latency_us = LatencyReport {
             mean: total.mean_us(),
             p50: total.latency_us(0.5),
             p90: total.latency_us(0.9),
@@ -65,7 +65,7 @@ impl Report {
             errors: total
                 .errors
                 .iter()
-                .map(|(trouble, count)| (trouble.name(), *count))
+                .map(|(error, count)| (error.name(), *count))
                 .collect(),
             latency_us,
         }
@@ -114,7 +114,7 @@ impl fmt::Display for Report {
             writeln!(f, "           {count} {name}")?;
         }
         let ms = |us: u64| us as f64 / 1000.0;
-        let Latencies {
+        let LatencyReport {
             mean,
             p50,
             p90,

@@ -17,13 +17,13 @@ const REFRESH_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
 /// For every slot the nodes of its shard: the leader first, as far as it is known.
 #[derive(Debug)]
-pub struct Routes {
+pub struct SlotRoutes {
     /// For every slot, which of the lists.
     lists: Vec<usize>,
     nodes: Vec<Vec<Address>>,
 }
 
-impl Routes {
+impl SlotRoutes {
     /// The nodes of a slot's shard, the likeliest leader first. Empty if nobody owns the slot.
     pub fn nodes(&self, slot: Slot) -> &[Address] {
         &self.nodes[self.lists[slot.index()]]
@@ -55,14 +55,14 @@ impl Routes {
 
 /// The routes that all workers share.
 #[derive(Debug)]
-pub struct Atlas {
-    current: RwLock<Arc<Routes>>,
+pub struct RouteTable {
+    current: RwLock<Arc<SlotRoutes>>,
     generation: AtomicU64,
     refreshing: Mutex<(NativeClient, Instant)>,
 }
 
-impl Atlas {
-    pub fn new(routes: Routes, client: NativeClient) -> Self {
+impl RouteTable {
+    pub fn new(routes: SlotRoutes, client: NativeClient) -> Self {
         let refreshing = Mutex::new((client, Instant::now()));
         Self {
             current: RwLock::new(Arc::new(routes)),
@@ -76,7 +76,7 @@ impl Atlas {
         self.generation.load(Ordering::Acquire)
     }
 
-    pub fn routes(&self) -> Arc<Routes> {
+    pub fn routes(&self) -> Arc<SlotRoutes> {
         Arc::clone(&self.current.read())
     }
 
@@ -88,7 +88,7 @@ impl Atlas {
             return;
         }
         if let Ok(status) = refreshing.0.cluster().await {
-            let routes = Arc::new(Routes::of(&ShardMap::from_status(&status)));
+            let routes = Arc::new(SlotRoutes::of(&ShardMap::from_status(&status)));
             *self.current.write() = routes;
             self.generation.fetch_add(1, Ordering::Release);
         }

@@ -12,14 +12,14 @@ const SIGNIFICANT_DIGITS: u8 = 3;
 
 /// For the line that is shown each second.
 #[derive(Debug, Default)]
-pub struct Progress {
+pub struct BenchProgress {
     pub done: AtomicU64,
     pub errors: AtomicU64,
 }
 
 /// Why a request is not counted as done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Trouble {
+pub enum RequestError {
     /// No connection.
     Connect,
     /// The connection broke before the answer.
@@ -33,15 +33,15 @@ pub enum Trouble {
     Unsent,
 }
 
-impl Trouble {
+impl RequestError {
     pub fn name(self) -> String {
         match self {
-            Trouble::Connect => "no connection".into(),
-            Trouble::Broken => "connection broken".into(),
-            Trouble::Timeout => "timeout".into(),
-            Trouble::Redirects => "too many redirects".into(),
-            Trouble::Status(status) => format!("status {status}"),
-            Trouble::Unsent => "never sent".into(),
+            RequestError::Connect => "no connection".into(),
+            RequestError::Broken => "connection broken".into(),
+            RequestError::Timeout => "timeout".into(),
+            RequestError::Redirects => "too many redirects".into(),
+            RequestError::Status(status) => format!("status {status}"),
+            RequestError::Unsent => "never sent".into(),
         }
     }
 }
@@ -50,7 +50,7 @@ impl Trouble {
 #[derive(Debug)]
 pub struct Tally {
     latencies_us: Histogram<u64>,
-    pub errors: BTreeMap<Trouble, u64>,
+    pub errors: BTreeMap<RequestError, u64>,
     /// Answered "no such key": done all the same.
     pub missing: u64,
     /// Followed within a request.
@@ -73,13 +73,13 @@ impl Tally {
             .saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
     }
 
-    pub fn error(&mut self, trouble: Trouble) {
-        self.errors_of(trouble, 1);
+    pub fn error(&mut self, error: RequestError) {
+        self.errors_of(error, 1);
     }
 
-    pub fn errors_of(&mut self, trouble: Trouble, count: u64) {
+    pub fn errors_of(&mut self, error: RequestError, count: u64) {
         if count > 0 {
-            *self.errors.entry(trouble).or_default() += count;
+            *self.errors.entry(error).or_default() += count;
         }
     }
 
@@ -87,8 +87,8 @@ impl Tally {
         self.latencies_us
             .add(&other.latencies_us)
             .expect("all have the same bounds");
-        for (trouble, count) in &other.errors {
-            self.errors_of(*trouble, *count);
+        for (error, count) in &other.errors {
+            self.errors_of(*error, *count);
         }
         self.missing += other.missing;
         self.redirects += other.redirects;
@@ -121,9 +121,9 @@ mod tests {
         let (mut a, mut b) = (Tally::new(), Tally::new());
         (1..=500).for_each(|ms| a.done(Duration::from_millis(ms)));
         (501..=1000).for_each(|ms| b.done(Duration::from_millis(ms)));
-        b.error(Trouble::Timeout);
-        a.error(Trouble::Timeout);
-        a.error(Trouble::Status(503));
+        b.error(RequestError::Timeout);
+        a.error(RequestError::Timeout);
+        a.error(RequestError::Status(503));
         a.merge(&b);
         assert_eq!(a.count(), 1000);
         for (quantile, ms) in [(0.5, 500), (0.99, 990), (0.999, 999)] {
@@ -132,7 +132,7 @@ mod tests {
         }
         assert_eq!(
             a.errors,
-            BTreeMap::from([(Trouble::Timeout, 2), (Trouble::Status(503), 1)])
+            BTreeMap::from([(RequestError::Timeout, 2), (RequestError::Status(503), 1)])
         );
     }
 

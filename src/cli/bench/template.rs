@@ -17,16 +17,16 @@ pub struct Template {
     method: Method,
     content_type: HeaderValue,
     /// One for each server that the URL leads to: where to connect, and the path.
-    targets: Vec<(Address, HeaderValue, Pieces)>,
-    body: Option<Pieces>,
+    targets: Vec<(Address, HeaderValue, TemplateText)>,
+    body: Option<TemplateText>,
 }
 
 /// Text with places to fill.
 #[derive(Debug, PartialEq, Eq)]
-struct Pieces(Vec<Piece>);
+struct TemplateText(Vec<TemplatePart>);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Piece {
+enum TemplatePart {
     Text(String),
     Key,
     KeyBase64,
@@ -34,11 +34,11 @@ enum Piece {
     ValueBase64,
 }
 
-const PLACES: [(&str, Piece); 4] = [
-    ("{key}", Piece::Key),
-    ("{key_b64}", Piece::KeyBase64),
-    ("{value}", Piece::Value),
-    ("{value_b64}", Piece::ValueBase64),
+const PLACES: [(&str, TemplatePart); 4] = [
+    ("{key}", TemplatePart::Key),
+    ("{key_b64}", TemplatePart::KeyBase64),
+    ("{value}", TemplatePart::Value),
+    ("{value_b64}", TemplatePart::ValueBase64),
 ];
 
 impl Template {
@@ -74,7 +74,7 @@ impl Template {
                 .parse()
                 .map_err(|_| format!("'{content_type}' is no content type"))?,
             targets,
-            body: body.map(Pieces::parse),
+            body: body.map(TemplateText::parse),
         })
     }
 
@@ -107,7 +107,7 @@ impl Template {
     }
 }
 
-fn target(url: &str) -> Result<(Address, HeaderValue, Pieces), String> {
+fn target(url: &str) -> Result<(Address, HeaderValue, TemplateText), String> {
     let rest = url
         .strip_prefix("http://")
         .ok_or_else(|| format!("'{url}' does not begin with http://"))?;
@@ -124,44 +124,48 @@ fn target(url: &str) -> Result<(Address, HeaderValue, Pieces), String> {
     Ok((
         address,
         host,
-        Pieces::parse(if path.is_empty() { "/" } else { path }),
+        TemplateText::parse(if path.is_empty() { "/" } else { path }),
     ))
 }
 
-impl Pieces {
+impl TemplateText {
     /// Braces that enclose no known name are text: JSON is full of them.
     fn parse(text: &str) -> Self {
-        let mut pieces = Vec::new();
+        let mut parts = Vec::new();
         let mut rest = text;
         let next = |rest: &str| {
             let found = PLACES
                 .into_iter()
-                .filter_map(|(name, piece)| rest.find(name).map(|at| (at, name.len(), piece)));
+                .filter_map(|(name, part)| rest.find(name).map(|at| (at, name.len(), part)));
             found.min_by_key(|(at, _, _)| *at)
         };
-        while let Some((at, length, piece)) = next(rest) {
+        while let Some((at, length, part)) = next(rest) {
             if at > 0 {
-                pieces.push(Piece::Text(rest[..at].to_owned()));
+                parts.push(TemplatePart::Text(rest[..at].to_owned()));
             }
-            pieces.push(piece);
+            parts.push(part);
             rest = &rest[at + length..];
         }
         if !rest.is_empty() {
-            pieces.push(Piece::Text(rest.to_owned()));
+            parts.push(TemplatePart::Text(rest.to_owned()));
         }
-        Self(pieces)
+        Self(parts)
     }
 
     /// `key` is the key as it stands in this kind of text, `raw_key` what base64 is made of.
     fn fill(&self, key: &[u8], raw_key: &[u8], value: &[u8]) -> Vec<u8> {
         let mut text = Vec::with_capacity(64 + value.len() * 2);
-        for piece in &self.0 {
-            match piece {
-                Piece::Text(part) => text.extend_from_slice(part.as_bytes()),
-                Piece::Key => text.extend_from_slice(key),
-                Piece::KeyBase64 => text.extend_from_slice(STANDARD.encode(raw_key).as_bytes()),
-                Piece::Value => text.extend_from_slice(value),
-                Piece::ValueBase64 => text.extend_from_slice(STANDARD.encode(value).as_bytes()),
+        for part in &self.0 {
+            match part {
+                TemplatePart::Text(part) => text.extend_from_slice(part.as_bytes()),
+                TemplatePart::Key => text.extend_from_slice(key),
+                TemplatePart::KeyBase64 => {
+                    text.extend_from_slice(STANDARD.encode(raw_key).as_bytes())
+                }
+                TemplatePart::Value => text.extend_from_slice(value),
+                TemplatePart::ValueBase64 => {
+                    text.extend_from_slice(STANDARD.encode(value).as_bytes())
+                }
             }
         }
         text

@@ -13,11 +13,11 @@ use hyper::body::Incoming;
 use percent_encoding::percent_encode;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::dice::{Chooser, Dice};
-use super::options::{Kind, Plan, Workload};
-use super::pace::Pace;
-use super::routes::{Atlas, Routes};
-use super::tally::{Progress, Tally, Trouble};
+use super::dice::{KeyChooser, Rng};
+use super::options::{BenchPlan, LoadTarget, Workload};
+use super::pace::RequestSchedule;
+use super::routes::{RouteTable, SlotRoutes};
+use super::tally::{BenchProgress, RequestError, Tally};
 use super::template::Template;
 use crate::cli::CliError;
 use crate::client::native::{KEY_ESCAPES, NativeClient, location};
@@ -36,36 +36,36 @@ const ERROR_PAUSE: Duration = Duration::from_millis(10);
 const VALUE_SPREAD_BYTES: usize = 64 << 10;
 
 /// What all workers have in common.
-pub struct Shared {
-    pub plan: Plan,
-    chooser: Chooser,
+pub struct BenchContext {
+    pub plan: BenchPlan,
+    chooser: KeyChooser,
     values: Bytes,
     /// Of the native dialect.
-    atlas: Option<Atlas>,
+    route_table: Option<RouteTable>,
 }
 
-impl Shared {
+impl BenchContext {
     /// # Errors
     ///
     /// When no server tells the shard map.
-    pub async fn prepare(plan: Plan) -> Result<Self, CliError> {
-        let atlas = match plan.kind {
-            Kind::Template(_) => None,
-            Kind::Native(_) => {
+    pub async fn prepare(plan: BenchPlan) -> Result<Self, CliError> {
+        let route_table = match plan.target {
+            LoadTarget::Template(_) => None,
+            LoadTarget::Native(_) => {
                 let mut client = NativeClient::new(plan.servers.clone(), plan.timeout);
                 let map = ShardMap::from_status(&client.cluster().await?);
-                Some(Atlas::new(Routes::of(&map), client))
+                Some(RouteTable::new(SlotRoutes::of(&map), client))
             }
         };
-        let mut dice = Dice::new(plan.seed);
+        let mut rng = Rng::new(plan.seed);
         let letters = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_";
         let values: Vec<u8> = (0..plan.value_size + VALUE_SPREAD_BYTES)
-            .map(|_| letters[dice.below(64) as usize])
+            .map(|_| letters[rng.below(64) as usize])
             .collect();
         Ok(Self {
-            chooser: Chooser::new(plan.distribution, plan.keys),
+            chooser: KeyChooser::new(plan.distribution, plan.keys),
             values: values.into(),
-            atlas,
+            route_table,
             plan,
         })
     }
@@ -74,15 +74,15 @@ impl Shared {
         format!("{}{number:09}", self.plan.key_prefix)
     }
 
-    fn value(&self, dice: &mut Dice) -> Bytes {
-        let start = dice.below(VALUE_SPREAD_BYTES as u64) as usize;
+    fn value(&self, rng: &mut Rng) -> Bytes {
+        let start = rng.below(VALUE_SPREAD_BYTES as u64) as usize;
         self.values.slice(start..start + self.plan.value_size)
     }
 }
 
 /// What one request asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ask {
+enum RequestKind {
     Put,
     Get,
     StaleGet,
@@ -90,39 +90,39 @@ enum Ask {
 
 pub struct Worker {
     number: usize,
-    shared: Arc<Shared>,
-    progress: Arc<Progress>,
-    dice: Dice,
+    context: Arc<BenchContext>,
+    progress: Arc<BenchProgress>,
+    rng: Rng,
     tally: Tally,
-    connections: BTreeMap<Address, Link>,
+    connections: BTreeMap<Address, PooledConnection>,
     /// The routes as of a generation of the atlas.
-    routes: Option<(u64, Arc<Routes>)>,
+    routes: Option<(u64, Arc<SlotRoutes>)>,
 }
 
 /// A connection, and the header that goes with it.
-struct Link {
+struct PooledConnection {
     connection: Connection,
     host: HeaderValue,
 }
 
 /// How a request ended that was answered.
-enum Answered {
+enum RequestOutcome {
     Done,
     Missing,
 }
 
 impl Worker {
-    pub fn new(number: u32, shared: Arc<Shared>, progress: Arc<Progress>) -> Self {
+    pub fn new(number: u32, context: Arc<BenchContext>, progress: Arc<BenchProgress>) -> Self {
         // Far apart in the sequence, whatever the seed.
-        let mut dice = Dice::new(
-            shared.plan.seed ^ (u64::from(number) + 1).wrapping_mul(0xD134_2543_DE82_EF95),
+        let mut rng = Rng::new(
+            context.plan.seed ^ (u64::from(number) + 1).wrapping_mul(0xD134_2543_DE82_EF95),
         );
-        dice.roll();
+        rng.next_u64();
         Self {
             number: number as usize,
-            shared,
+            context,
             progress,
-            dice,
+            rng,
             tally: Tally::new(),
             connections: BTreeMap::new(),
             routes: None,
@@ -130,29 +130,29 @@ impl Worker {
     }
 
     /// Sends requests as they are due; counts those due from `measured_from` on.
-    pub async fn run(mut self, pace: Arc<Pace>, measured_from: Instant) -> Tally {
-        while let Some(due) = pace.next().await {
+    pub async fn run(mut self, schedule: Arc<RequestSchedule>, measured_from: Instant) -> Tally {
+        while let Some(due) = schedule.next().await {
             let redirects = self.tally.redirects;
-            let number = self.shared.chooser.choose(&mut self.dice);
+            let number = self.context.chooser.choose(&mut self.rng);
             let ended = self.request(number).await;
             let measured = due >= measured_from;
             if !measured {
                 self.tally.redirects = redirects;
             }
             match ended {
-                Ok(answered) => {
+                Ok(outcome) => {
                     self.progress.done.fetch_add(1, Ordering::Relaxed);
                     if measured {
                         self.tally.done(due.elapsed());
-                        self.tally.missing += u64::from(matches!(answered, Answered::Missing));
+                        self.tally.missing += u64::from(matches!(outcome, RequestOutcome::Missing));
                     }
                 }
-                Err(trouble) => {
+                Err(error) => {
                     self.progress.errors.fetch_add(1, Ordering::Relaxed);
                     if measured {
-                        self.tally.error(trouble);
+                        self.tally.error(error);
                     }
-                    self.recover(trouble).await;
+                    self.recover(error).await;
                 }
             }
         }
@@ -162,73 +162,85 @@ impl Worker {
     /// Writes the keys of this worker, one of `workers`, each until it is written.
     pub async fn preload(mut self, workers: u32) -> Result<(), String> {
         let deadline = Duration::from_secs(30);
-        for number in (self.number as u64..self.shared.plan.keys).step_by(workers as usize) {
+        for number in (self.number as u64..self.context.plan.keys).step_by(workers as usize) {
             let start = Instant::now();
-            while let Err(trouble) = self.native(number, Ask::Put).await {
+            while let Err(error) = self.native(number, RequestKind::Put).await {
                 if start.elapsed() > deadline {
-                    return Err(trouble.name());
+                    return Err(error.name());
                 }
-                self.recover(trouble).await;
+                self.recover(error).await;
             }
             self.progress.done.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
 
-    async fn request(&mut self, number: u64) -> Result<Answered, Trouble> {
-        let shared = Arc::clone(&self.shared);
-        match &shared.plan.kind {
-            Kind::Template(template) => self.templated(template, number).await,
-            Kind::Native(Workload::Put) => self.native(number, Ask::Put).await,
-            Kind::Native(Workload::Get) => self.native(number, Ask::Get).await,
-            Kind::Native(Workload::StaleGet) => self.native(number, Ask::StaleGet).await,
-            Kind::Native(Workload::Mixed(reads)) => {
-                let ask = if self.dice.below(100) < u64::from(*reads) {
-                    Ask::Get
+    async fn request(&mut self, number: u64) -> Result<RequestOutcome, RequestError> {
+        let context = Arc::clone(&self.context);
+        match &context.plan.target {
+            LoadTarget::Template(template) => self.templated(template, number).await,
+            LoadTarget::Native(Workload::Put) => self.native(number, RequestKind::Put).await,
+            LoadTarget::Native(Workload::Get) => self.native(number, RequestKind::Get).await,
+            LoadTarget::Native(Workload::StaleGet) => {
+                self.native(number, RequestKind::StaleGet).await
+            }
+            LoadTarget::Native(Workload::Mixed(reads)) => {
+                let kind = if self.rng.below(100) < u64::from(*reads) {
+                    RequestKind::Get
                 } else {
-                    Ask::Put
+                    RequestKind::Put
                 };
-                self.native(number, ask).await
+                self.native(number, kind).await
             }
         }
     }
 
     /// What is wrong may be the map; and errors must not come faster than answers.
-    async fn recover(&mut self, trouble: Trouble) {
+    async fn recover(&mut self, error: RequestError) {
         self.refresh().await;
-        match trouble {
-            Trouble::Timeout => {}
-            Trouble::Connect
-            | Trouble::Broken
-            | Trouble::Redirects
-            | Trouble::Status(_)
-            | Trouble::Unsent => sleep(ERROR_PAUSE).await,
+        match error {
+            RequestError::Timeout => {}
+            RequestError::Connect
+            | RequestError::Broken
+            | RequestError::Redirects
+            | RequestError::Status(_)
+            | RequestError::Unsent => sleep(ERROR_PAUSE).await,
         }
     }
 
-    async fn templated(&mut self, template: &Template, number: u64) -> Result<Answered, Trouble> {
-        let deadline = Instant::now() + self.shared.plan.timeout;
-        let (key, value) = (self.shared.key(number), self.shared.value(&mut self.dice));
+    async fn templated(
+        &mut self,
+        template: &Template,
+        number: u64,
+    ) -> Result<RequestOutcome, RequestError> {
+        let deadline = Instant::now() + self.context.plan.timeout;
+        let (key, value) = (self.context.key(number), self.context.value(&mut self.rng));
         let address = template.server(self.number).clone();
         let request = template
             .request(self.number, key.as_bytes(), &value)
-            .map_err(|_| Trouble::Status(0))?;
+            .map_err(|_| RequestError::Status(0))?;
         let status = self
             .exchange(&address, deadline, |_| request)
             .await?
             .status();
         if status.is_success() {
-            Ok(Answered::Done)
+            Ok(RequestOutcome::Done)
         } else {
-            Err(Trouble::Status(status.as_u16()))
+            Err(RequestError::Status(status.as_u16()))
         }
     }
 
-    async fn native(&mut self, number: u64, ask: Ask) -> Result<Answered, Trouble> {
-        let deadline = Instant::now() + self.shared.plan.timeout;
-        let key = self.shared.key(number);
-        let mut address = self.route(key.as_bytes(), ask).ok_or(Trouble::Connect)?;
-        let query = if ask == Ask::StaleGet {
+    async fn native(
+        &mut self,
+        number: u64,
+        kind: RequestKind,
+    ) -> Result<RequestOutcome, RequestError> {
+        let deadline = Instant::now() + self.context.plan.timeout;
+        let key = self.context.key(number);
+        let mut address = self
+            .route(key.as_bytes(), kind)
+            .ok_or(RequestError::Connect)?;
+        let query = if kind == RequestKind::StaleGet {
             "?consistency=stale"
         } else {
             ""
@@ -237,9 +249,9 @@ impl Worker {
             "/v1/kv/{}{query}",
             percent_encode(key.as_bytes(), KEY_ESCAPES)
         ));
-        let uri = Uri::from_maybe_shared(uri).map_err(|_| Trouble::Status(0))?;
-        let value = if ask == Ask::Put {
-            self.shared.value(&mut self.dice)
+        let uri = Uri::from_maybe_shared(uri).map_err(|_| RequestError::Status(0))?;
+        let value = if kind == RequestKind::Put {
+            self.context.value(&mut self.rng)
         } else {
             Bytes::new()
         };
@@ -247,46 +259,50 @@ impl Worker {
         loop {
             // What was not sent, or was sent elsewhere, is certainly not done: a client goes on,
             // and what it waits for shows as latency.
-            let trouble = match self
+            let error = match self
                 .exchange(&address, deadline, |host| {
-                    native_request(&uri, ask, &value, host)
+                    native_request(&uri, kind, &value, host)
                 })
                 .await
             {
-                Err(Trouble::Connect) => Trouble::Connect,
-                Err(trouble) => return Err(trouble),
+                Err(RequestError::Connect) => RequestError::Connect,
+                Err(error) => return Err(error),
                 Ok(response) => match response.status() {
                     StatusCode::TEMPORARY_REDIRECT => {
                         self.tally.redirects += 1;
                         hops += 1;
-                        address = location(response.headers()).ok_or(Trouble::Redirects)?;
+                        address = location(response.headers()).ok_or(RequestError::Redirects)?;
                         self.refresh().await;
-                        Trouble::Redirects
+                        RequestError::Redirects
                     }
-                    StatusCode::NOT_FOUND if ask != Ask::Put => return Ok(Answered::Missing),
-                    status if status.is_success() => return Ok(Answered::Done),
-                    status => return Err(Trouble::Status(status.as_u16())),
+                    StatusCode::NOT_FOUND if kind != RequestKind::Put => {
+                        return Ok(RequestOutcome::Missing);
+                    }
+                    status if status.is_success() => return Ok(RequestOutcome::Done),
+                    status => return Err(RequestError::Status(status.as_u16())),
                 },
             };
-            if trouble == Trouble::Connect {
+            if error == RequestError::Connect {
                 self.refresh().await;
                 address = self
                     .route_past(key.as_bytes(), &address)
-                    .ok_or(Trouble::Connect)?;
+                    .ok_or(RequestError::Connect)?;
             }
-            if trouble == Trouble::Connect || hops > REDIRECTS_MAX {
+            if error == RequestError::Connect || hops > REDIRECTS_MAX {
                 hops = 0;
                 sleep(ERROR_PAUSE).await;
             }
             if Instant::now() >= deadline {
-                return Err(trouble);
+                return Err(error);
             }
         }
     }
 
     async fn refresh(&self) {
-        if let (Some(atlas), Some((generation, _))) = (&self.shared.atlas, &self.routes) {
-            atlas.refresh(*generation).await;
+        if let (Some(route_table), Some((generation, _))) =
+            (&self.context.route_table, &self.routes)
+        {
+            route_table.refresh(*generation).await;
         }
     }
 
@@ -301,25 +317,25 @@ impl Worker {
     }
 
     /// The leader of the key's shard; for stale reads any of its nodes, each worker another.
-    fn route(&mut self, key: &[u8], ask: Ask) -> Option<Address> {
+    fn route(&mut self, key: &[u8], kind: RequestKind) -> Option<Address> {
         let worker = self.number;
         let nodes = self.routes()?.nodes(slot_of(key));
-        match ask {
-            Ask::Put | Ask::Get => nodes.first().cloned(),
-            Ask::StaleGet => nodes.get(worker % nodes.len().max(1)).cloned(),
+        match kind {
+            RequestKind::Put | RequestKind::Get => nodes.first().cloned(),
+            RequestKind::StaleGet => nodes.get(worker % nodes.len().max(1)).cloned(),
         }
     }
 
     /// The newest that are known.
-    fn routes(&mut self) -> Option<&Routes> {
-        let atlas = self.shared.atlas.as_ref()?;
-        let generation = atlas.generation();
+    fn routes(&mut self) -> Option<&SlotRoutes> {
+        let route_table = self.context.route_table.as_ref()?;
+        let generation = route_table.generation();
         if self
             .routes
             .as_ref()
             .is_none_or(|(known, _)| *known != generation)
         {
-            self.routes = Some((generation, atlas.routes()));
+            self.routes = Some((generation, route_table.routes()));
         }
         self.routes.as_ref().map(|(_, routes)| routes.as_ref())
     }
@@ -330,7 +346,7 @@ impl Worker {
         address: &Address,
         deadline: Instant,
         request: impl FnOnce(&HeaderValue) -> Request<Full<Bytes>>,
-    ) -> Result<Response<()>, Trouble> {
+    ) -> Result<Response<()>, RequestError> {
         let mut link = match self
             .connections
             .remove(address)
@@ -340,17 +356,18 @@ impl Worker {
             None => {
                 let connection = Connection::open(address, CONNECT_TIMEOUT)
                     .await
-                    .map_err(|_| Trouble::Connect)?;
-                let host = HeaderValue::from_str(address.as_str()).map_err(|_| Trouble::Connect)?;
-                Link { connection, host }
+                    .map_err(|_| RequestError::Connect)?;
+                let host =
+                    HeaderValue::from_str(address.as_str()).map_err(|_| RequestError::Connect)?;
+                PooledConnection { connection, host }
             }
         };
         let request = request(&link.host);
-        let answered = async { drain(link.connection.send(request).await?).await };
-        let response = timeout_at(deadline, answered)
+        let outcome = async { drain(link.connection.send(request).await?).await };
+        let response = timeout_at(deadline, outcome)
             .await
-            .map_err(|_| Trouble::Timeout)?
-            .map_err(|_| Trouble::Broken)?;
+            .map_err(|_| RequestError::Timeout)?
+            .map_err(|_| RequestError::Broken)?;
         self.connections.insert(address.clone(), link);
         Ok(response)
     }
@@ -365,11 +382,16 @@ async fn drain(response: Response<Incoming>) -> hyper::Result<Response<()>> {
     Ok(Response::from_parts(parts, ()))
 }
 
-fn native_request(uri: &Uri, ask: Ask, value: &Bytes, host: &HeaderValue) -> Request<Full<Bytes>> {
+fn native_request(
+    uri: &Uri,
+    kind: RequestKind,
+    value: &Bytes,
+    host: &HeaderValue,
+) -> Request<Full<Bytes>> {
     let mut request = Request::new(Full::new(value.clone()));
     *request.uri_mut() = uri.clone();
     request.headers_mut().insert(HOST, host.clone());
-    if ask == Ask::Put {
+    if kind == RequestKind::Put {
         *request.method_mut() = Method::PUT;
         request.headers_mut().insert(
             CONTENT_TYPE,

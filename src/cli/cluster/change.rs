@@ -10,8 +10,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use tokio::time::{Instant, sleep};
 
-use super::progress::Follower;
-use super::{CHANGE_EXIT_CODES, Cluster, as_json, bytes, print, tell};
+use super::progress::ChangeFollower;
+use super::{CHANGE_EXIT_CODES, ClusterClient, as_json, bytes, print, print_error_line};
 use crate::cli::{CliError, Exit};
 use crate::client::protocol::ClusterStatus;
 use crate::client::store::Store;
@@ -29,7 +29,7 @@ const NOT_READY_PAUSE: Duration = Duration::from_millis(300);
 
 /// What is to be changed.
 #[derive(Debug, Subcommand)]
-pub enum Verb<O: Args> {
+pub enum ChangeCommand<O: Args> {
     /// Take started nodes into the cluster
     #[command(after_help = CHANGE_EXIT_CODES)]
     Add {
@@ -89,7 +89,7 @@ pub enum Verb<O: Args> {
 
 /// Of a change that is carried out.
 #[derive(Debug, Args)]
-pub struct Carrying {
+pub struct ExecuteOptions {
     /// Do not ask for confirmation
     #[arg(short, long)]
     yes: bool,
@@ -103,44 +103,48 @@ pub struct Carrying {
 
 /// Of a change that is planned only.
 #[derive(Debug, Args)]
-pub struct Planning {
+pub struct PlanOptions {
     /// Print the plan as JSON
     #[arg(long)]
     json: bool,
 }
 
-impl<O: Args> Verb<O> {
+impl<O: Args> ChangeCommand<O> {
     fn options(&self) -> &O {
         match self {
-            Verb::Add { options, .. }
-            | Verb::Remove { options, .. }
-            | Verb::Replace { options, .. }
-            | Verb::SetReplication { options, .. }
-            | Verb::SetShards { options, .. }
-            | Verb::Rebalance { options } => options,
+            ChangeCommand::Add { options, .. }
+            | ChangeCommand::Remove { options, .. }
+            | ChangeCommand::Replace { options, .. }
+            | ChangeCommand::SetReplication { options, .. }
+            | ChangeCommand::SetShards { options, .. }
+            | ChangeCommand::Rebalance { options } => options,
         }
     }
 
     /// The change that this asks for, of a cluster that is so.
     fn change(&self, status: &ClusterStatus) -> Result<ViewChange, CliError> {
-        let mut members = Members::of(status);
+        let mut members = MemberList::of(status);
         match self {
-            Verb::Add { nodes, .. } => nodes.iter().try_for_each(|node| members.add(node))?,
-            Verb::Remove { nodes, .. } => nodes.iter().try_for_each(|node| members.remove(node))?,
-            Verb::Replace { old, new, .. } => members.replace(old, new)?,
-            Verb::SetReplication { replicas, .. } => {
+            ChangeCommand::Add { nodes, .. } => {
+                nodes.iter().try_for_each(|node| members.add(node))?
+            }
+            ChangeCommand::Remove { nodes, .. } => {
+                nodes.iter().try_for_each(|node| members.remove(node))?
+            }
+            ChangeCommand::Replace { old, new, .. } => members.replace(old, new)?,
+            ChangeCommand::SetReplication { replicas, .. } => {
                 return Ok(ViewChange {
                     replication_factor: Some(*replicas),
                     ..ViewChange::default()
                 });
             }
-            Verb::SetShards { shards, .. } => {
+            ChangeCommand::SetShards { shards, .. } => {
                 return Ok(ViewChange {
                     shards: Some(*shards),
                     ..ViewChange::default()
                 });
             }
-            Verb::Rebalance { .. } => return Ok(ViewChange::default()),
+            ChangeCommand::Rebalance { .. } => return Ok(ViewChange::default()),
         }
         Ok(ViewChange {
             nodes: Some(members.addresses()),
@@ -151,9 +155,9 @@ impl<O: Args> Verb<O> {
 
 /// The nodes that are to stay, each by the address that the view knows it by and the one that
 /// clients use.
-struct Members(Vec<(Address, Address)>);
+struct MemberList(Vec<(Address, Address)>);
 
-impl Members {
+impl MemberList {
     fn of(status: &ClusterStatus) -> Self {
         let staying = status.nodes.iter().filter(|node| !node.leaving);
         Self(
@@ -203,9 +207,12 @@ impl Members {
 /// # Errors
 ///
 /// When the change is refused, or nobody answers.
-pub async fn plan(cluster: &mut Cluster, verb: &Verb<Planning>) -> Result<Exit, CliError> {
-    let (_, planned) = draft(cluster, verb).await?;
-    if verb.options().json {
+pub async fn plan(
+    cluster: &mut ClusterClient,
+    command: &ChangeCommand<PlanOptions>,
+) -> Result<Exit, CliError> {
+    let (_, planned) = draft(cluster, command).await?;
+    if command.options().json {
         print(&as_json(&planned))
     } else {
         print(&describe(&planned))
@@ -217,15 +224,18 @@ pub async fn plan(cluster: &mut Cluster, verb: &Verb<Planning>) -> Result<Exit, 
 /// # Errors
 ///
 /// When it is refused or not confirmed, a later plan takes over, or nobody answers.
-pub async fn carry_out(cluster: &mut Cluster, verb: &Verb<Carrying>) -> Result<Exit, CliError> {
-    let options = verb.options();
+pub async fn execute(
+    cluster: &mut ClusterClient,
+    command: &ChangeCommand<ExecuteOptions>,
+) -> Result<Exit, CliError> {
+    let options = command.options();
     if !options.yes && !io::stdin().is_terminal() {
         let reason = "there is no terminal to ask for confirmation: say --yes, or look first with \
             'quorate cluster plan'";
         return Err(CliError::Usage(reason.into()));
     }
-    let (change, planned) = draft(cluster, verb).await?;
-    tell(describe(&planned).trim_end());
+    let (change, planned) = draft(cluster, command).await?;
+    print_error_line(describe(&planned).trim_end());
     // What changes nothing but the asking needs no second thought.
     if !options.yes && !planned.is_same && !confirmed()? {
         return Err(CliError::Refused(
@@ -239,7 +249,9 @@ pub async fn carry_out(cluster: &mut Cluster, verb: &Verb<Carrying>) -> Result<E
     if options.no_wait {
         return began(&accepted, options.json);
     }
-    Follower::new(cluster, options.json).follow(accepted).await
+    ChangeFollower::new(cluster, options.json)
+        .follow(accepted)
+        .await
 }
 
 fn began(accepted: &ChangeInProgress, json: bool) -> Result<Exit, CliError> {
@@ -257,14 +269,14 @@ fn began(accepted: &ChangeInProgress, json: bool) -> Result<Exit, CliError> {
 /// to join, because it has just been started or has yet to notice that it left, is waited for until
 /// the timeout.
 async fn draft<O: Args>(
-    cluster: &mut Cluster,
-    verb: &Verb<O>,
+    cluster: &mut ClusterClient,
+    command: &ChangeCommand<O>,
 ) -> Result<(ViewChange, PlannedChange), CliError> {
     let deadline = Instant::now() + cluster.options.timeout;
     let mut drafts = 0;
     loop {
         let status = cluster.client.cluster().await?;
-        let change = verb.change(&status)?;
+        let change = command.change(&status)?;
         let failure = match cluster
             .store
             .plan_view(change.clone(), cluster.options)
@@ -387,10 +399,10 @@ mod tests {
 
     use super::*;
     use crate::cli::Cli;
-    use crate::cli::cluster::{Arguments, Command, run};
+    use crate::cli::cluster::{ClusterArguments, ClusterCommand, run};
     use crate::client::testing::{answer, bind, json, serve, status};
 
-    fn arguments(line: &str) -> Arguments {
+    fn arguments(line: &str) -> ClusterArguments {
         match Cli::try_parse_from(["quorate", "cluster"].into_iter().chain(line.split(' ')))
             .map(|cli| cli.command)
         {
@@ -405,10 +417,10 @@ mod tests {
         let mut status = status(1, Some(0), &nodes);
         status.nodes[1].public_address = "public:2".parse().expect("an address");
         status.nodes[2].leaving = true;
-        let Command::Change(verb) = arguments(line).command else {
+        let ClusterCommand::Change(command) = arguments(line).command else {
             panic!("{line} changes nothing")
         };
-        let change = verb.change(&status).map_err(|error| error.to_string())?;
+        let change = command.change(&status).map_err(|error| error.to_string())?;
         Ok(serde_json::to_string(&change).expect("JSON"))
     }
 

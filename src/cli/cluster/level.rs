@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use super::{Cluster, tell};
+use super::{ClusterClient, print_error_line};
 use crate::cli::CliError;
 use crate::client::peer::{HoldRequest, PeerCaller};
 use crate::client::protocol::{ClusterStatus, NodeStatus};
@@ -52,7 +52,7 @@ pub fn render(status: &ClusterStatus) -> String {
 }
 
 /// Has every node hold the level, or do so no more. One that holds is enough to hold it.
-pub async fn hold(cluster: &mut Cluster, hold: bool) -> Result<(), CliError> {
+pub async fn hold(cluster: &mut ClusterClient, hold: bool) -> Result<(), CliError> {
     let broken = |reason: String| {
         CliError::from(Failure::Unavailable {
             reason,
@@ -80,7 +80,7 @@ pub async fn hold(cluster: &mut Cluster, hold: bool) -> Result<(), CliError> {
         }
     }
     for reason in &silent {
-        tell(&format!("not taken: {reason}"));
+        print_error_line(&format!("not taken: {reason}"));
     }
     await_news(cluster, hold, taken).await?;
     match (hold, taken, silent.is_empty()) {
@@ -96,7 +96,7 @@ pub async fn hold(cluster: &mut Cluster, hold: bool) -> Result<(), CliError> {
 
 /// Waits until the status says that so many nodes hold the level, or that none does: it may be as
 /// old as a moment.
-async fn await_news(cluster: &mut Cluster, hold: bool, taken: usize) -> Result<(), CliError> {
+async fn await_news(cluster: &mut ClusterClient, hold: bool, taken: usize) -> Result<(), CliError> {
     for _ in 0..LOOKS_MAX {
         let status = cluster.client.cluster().await?;
         let holding = status.nodes.iter().filter(|node| node.holds_level).count();

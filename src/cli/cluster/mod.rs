@@ -14,11 +14,11 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use self::change::{Carrying, Planning, Verb};
-use self::progress::Follower;
+use self::change::{ChangeCommand, ExecuteOptions, PlanOptions};
+use self::progress::ChangeFollower;
 use self::scrub::ScrubBegin;
 use super::servers::{Servers, seconds};
-use super::{CliError, EXIT_CODES, Exit, complain};
+use super::{CliError, EXIT_CODES, Exit, print_error};
 use crate::client::native::NativeClient;
 use crate::client::remote::RemoteStore;
 use crate::client::store::{Consistency, Failure, Options, Routing, Store};
@@ -31,15 +31,15 @@ accepted goes on by itself.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
-pub struct Arguments {
+pub struct ClusterArguments {
     #[command(flatten)]
     servers: Servers,
     #[command(subcommand)]
-    command: Command,
+    command: ClusterCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum ClusterCommand {
     /// Nodes, shards, what is under way, and how they are
     #[command(after_help = EXIT_CODES)]
     Status {
@@ -58,10 +58,10 @@ enum Command {
         watch: Option<Duration>,
     },
     #[command(flatten)]
-    Change(Verb<Carrying>),
+    Change(ChangeCommand<ExecuteOptions>),
     /// Show what a change would take, and change nothing
     #[command(subcommand, after_help = CHANGE_EXIT_CODES)]
-    Plan(Verb<Planning>),
+    Plan(ChangeCommand<PlanOptions>),
     /// Wait for the end of a change, however long it takes
     #[command(after_help = CHANGE_EXIT_CODES)]
     Wait {
@@ -104,12 +104,12 @@ enum Command {
 }
 
 /// What the exit codes of a scrub mean.
-const SCRUB_EXIT_CODES: &str = "Exit codes: 0 nothing is damaged, 1 something was, mended or not, 2 \
-usage, 3 a node did not answer or stopped, 130 interrupted: a scrub that has begun goes on by \
+const SCRUB_EXIT_CODES: &str = "Exit codes: 0 nothing is damaged, 1 something was, mended or not, \
+2 usage, 3 a node did not answer or stopped, 130 interrupted: a scrub that has begun goes on by \
 itself.";
 
 /// The cluster that a command is about.
-struct Cluster {
+struct ClusterClient {
     /// Goes on asking until the timeout, but knows no other nodes than those that were named.
     client: NativeClient,
     /// Learns who the nodes are, which a change of the view changes.
@@ -117,7 +117,7 @@ struct Cluster {
     options: Options,
 }
 
-impl Cluster {
+impl ClusterClient {
     fn new(servers: &Servers) -> Result<Self, CliError> {
         let broken = |error| Failure::Unavailable {
             reason: format!("no HTTP client: {error}"),
@@ -140,21 +140,21 @@ impl Cluster {
 /// # Errors
 ///
 /// When nobody answers, a change is refused, or standard output is closed.
-pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
-    let mut cluster = Cluster::new(&arguments.servers)?;
+pub async fn run(arguments: ClusterArguments) -> Result<Exit, CliError> {
+    let mut cluster = ClusterClient::new(&arguments.servers)?;
     match arguments.command {
-        Command::Leader { shard, to } => {
+        ClusterCommand::Leader { shard, to } => {
             let leader = cluster.client.transfer_leader(shard, to.as_ref()).await?;
             print(&format!("shard {shard} is led by {leader}\n"))
         }
-        Command::Level { hold, release } => {
+        ClusterCommand::Level { hold, release } => {
             if hold || release {
                 level::hold(&mut cluster, hold).await?;
             }
             print(&level::render(&cluster.client.cluster().await?))
         }
-        Command::Status { json, watch: None } => print(&show(&mut cluster, json).await?),
-        Command::Status {
+        ClusterCommand::Status { json, watch: None } => print(&show(&mut cluster, json).await?),
+        ClusterCommand::Status {
             json,
             watch: Some(pause),
         } => loop {
@@ -168,11 +168,11 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
                     };
                     print(&format!("{clear}{text}\n"))?;
                 }
-                Err(error) => complain(&error),
+                Err(error) => print_error(&error),
             }
             tokio::time::sleep(pause).await;
         },
-        Command::Scrub { node, watch } => {
+        ClusterCommand::Scrub { node, watch } => {
             let begin = if watch {
                 ScrubBegin::No
             } else {
@@ -180,22 +180,22 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
             };
             scrub::run(&mut cluster, node, begin).await
         }
-        Command::Change(verb) => change::carry_out(&mut cluster, &verb).await,
-        Command::Plan(verb) => change::plan(&mut cluster, &verb).await,
-        Command::Wait { plan, json } => {
+        ClusterCommand::Change(command) => change::execute(&mut cluster, &command).await,
+        ClusterCommand::Plan(command) => change::plan(&mut cluster, &command).await,
+        ClusterCommand::Wait { plan, json } => {
             let epoch = match plan {
                 Some(epoch) => PlanEpoch(epoch),
                 None => cluster.client.cluster().await?.epoch,
             };
             match cluster.store.operation(epoch, cluster.options).await? {
-                Some(change) => Follower::new(&cluster, json).follow(change).await,
+                Some(change) => ChangeFollower::new(&cluster, json).follow(change).await,
                 None => Err(CliError::Refused(format!("there was no plan {epoch}"))),
             }
         }
     }
 }
 
-async fn show(cluster: &mut Cluster, json: bool) -> Result<String, CliError> {
+async fn show(cluster: &mut ClusterClient, json: bool) -> Result<String, CliError> {
     let status = cluster.client.cluster().await?;
     if json {
         return Ok(as_json(&status));
@@ -228,7 +228,7 @@ fn print(text: &str) -> Result<Exit, CliError> {
 }
 
 /// A line for people, on standard error: standard output is for results.
-fn tell(text: &str) {
+fn print_error_line(text: &str) {
     drop(writeln!(io::stderr(), "{text}"));
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{Cluster, as_json, bytes, count, print, tell};
+use super::{ClusterClient, as_json, bytes, count, print, print_error_line};
 use crate::cli::{CliError, Exit};
 use crate::client::store::{Failure, Options, Store};
 use crate::client::view_change::{ChangeInProgress, Phase};
@@ -30,18 +30,18 @@ const BAR_WIDTH: u64 = 20;
 const COLUMNS_DEFAULT: u16 = 80;
 
 /// Waits for one change.
-pub struct Follower<'a> {
-    cluster: &'a Cluster,
+pub struct ChangeFollower<'a> {
+    cluster: &'a ClusterClient,
     json: bool,
-    line: Line,
+    line: StatusLine,
 }
 
-impl<'a> Follower<'a> {
-    pub fn new(cluster: &'a Cluster, json: bool) -> Self {
+impl<'a> ChangeFollower<'a> {
+    pub fn new(cluster: &'a ClusterClient, json: bool) -> Self {
         Self {
             cluster,
             json,
-            line: Line::new(io::stderr().is_terminal()),
+            line: StatusLine::new(io::stderr().is_terminal()),
         }
     }
 
@@ -60,7 +60,7 @@ impl<'a> Follower<'a> {
         self.line.clear();
         match ended {
             None => {
-                tell(&format!(
+                print_error_line(&format!(
                     "plan {id} is carried out all the same; to follow it: quorate cluster wait \
                     {id}"
                 ));
@@ -92,7 +92,7 @@ impl<'a> Follower<'a> {
             timeout: LOOK_TIMEOUT_MAX.min(asked_for),
             ..self.cluster.options
         };
-        let mut meter = Meter::default();
+        let mut meter = ProgressBar::default();
         let mut heard = Instant::now();
         let mut interval = LOOK_INTERVAL_MIN;
         self.line.show(&meter.line(&change));
@@ -134,11 +134,11 @@ impl<'a> Follower<'a> {
 
 /// How far a change is: what is left of the most that ever was.
 #[derive(Default)]
-struct Meter {
+struct ProgressBar {
     most: u64,
 }
 
-impl Meter {
+impl ProgressBar {
     fn line(&mut self, change: &ChangeInProgress) -> String {
         let left = change.replicas_left + change.slots_left;
         self.most = self.most.max(left);
@@ -197,13 +197,13 @@ pub fn what_is_left(change: &ChangeInProgress) -> String {
 }
 
 /// The line that is shown.
-pub(super) struct Line {
+pub(super) struct StatusLine {
     is_terminal: bool,
     shown: String,
     shown_at: Option<Instant>,
 }
 
-impl Line {
+impl StatusLine {
     pub fn new(is_terminal: bool) -> Self {
         Self {
             is_terminal,
@@ -223,7 +223,7 @@ impl Line {
                 .collect();
             drop(write!(io::stderr(), "\r\x1b[K{line}"));
         } else if self.shown_at.is_none_or(|at| at.elapsed() >= LINE_INTERVAL) {
-            tell(text);
+            print_error_line(text);
             self.shown_at = Some(Instant::now());
         } else {
             return;
@@ -266,7 +266,7 @@ mod tests {
 
     #[test]
     fn the_bar_fills_as_less_is_left() {
-        let mut meter = Meter::default();
+        let mut meter = ProgressBar::default();
         assert_eq!(
             meter.line(&change(2, 98)),
             "plan 4 [--------------------] 2 replicas and 98 slots (98.0 KiB) left"
@@ -289,7 +289,7 @@ mod tests {
             "plan 4 [####################] nothing left to move"
         );
         assert_eq!(
-            Meter::default().line(&change(0, 0)),
+            ProgressBar::default().line(&change(0, 0)),
             "plan 4 [--------------------] nothing left to move"
         );
     }

@@ -10,9 +10,9 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::time::{Instant, sleep};
 
-use super::progress::{Line, bar};
-use super::{Cluster, bytes, count, print, tell};
-use crate::cli::{CliError, Exit, complain};
+use super::progress::{StatusLine, bar};
+use super::{ClusterClient, bytes, count, print, print_error_line};
+use crate::cli::{CliError, Exit, print_error};
 use crate::client::native::{NativeClient, NativeError};
 use crate::client::protocol::ScrubStatus;
 use crate::client::store::Failure;
@@ -96,7 +96,7 @@ impl Scrubbed {
 ///
 /// When the nodes are not known, one did not answer, or standard output is closed.
 pub async fn run(
-    cluster: &mut Cluster,
+    cluster: &mut ClusterClient,
     node: Option<Address>,
     begin: ScrubBegin,
 ) -> Result<Exit, CliError> {
@@ -116,7 +116,7 @@ pub async fn run(
         () = follow(&mut scrubbed) => {}
         interrupted = tokio::signal::ctrl_c() => {
             drop(interrupted);
-            tell("the scrubs go on; to follow them: quorate cluster scrub --watch");
+            print_error_line("the scrubs go on; to follow them: quorate cluster scrub --watch");
             return Ok(Exit::Interrupted);
         }
     }
@@ -124,7 +124,7 @@ pub async fn run(
     let states = || scrubbed.iter().map(|node| (&node.node, &node.state));
     for (node, state) in states() {
         if let ScrubState::Lost(reason) = state {
-            complain(&format!("{node}: {reason}"));
+            print_error(&format!("{node}: {reason}"));
         }
     }
     print(&states().filter_map(result).collect::<String>())?;
@@ -133,7 +133,7 @@ pub async fn run(
 
 /// Waits until none of them runs any more.
 async fn follow(nodes: &mut [Scrubbed]) {
-    let mut line = Line::new(io::stderr().is_terminal());
+    let mut line = StatusLine::new(io::stderr().is_terminal());
     while nodes.iter().any(Scrubbed::runs) {
         let known = nodes.iter().filter_map(|node| match &node.state {
             ScrubState::Known(status) => Some(status),

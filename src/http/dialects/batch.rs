@@ -19,7 +19,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{PATIENCE, Refusal, bits, options};
+use super::{ANSWER_TIMEOUT, DialectError, bits, options};
 use crate::client::store::{Failure, Options, Store, WriteFailure, Written as Answer};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
@@ -36,53 +36,53 @@ const OPERATIONS_MIN: usize = 50;
 const OPERATIONS_MAX: usize = 2000;
 /// An entry that is taken within the first is followed by a larger one, one that takes longer than
 /// the second by a smaller one.
-const QUICK: Duration = Duration::from_millis(250);
-const SLOW: Duration = Duration::from_secs(1);
+const FAST_ENTRY: Duration = Duration::from_millis(250);
+const SLOW_ENTRY: Duration = Duration::from_secs(1);
 
 /// An entry without an answer for so long makes us look for the quorum, and how long that is waited
-/// for: together [`PATIENCE`].
-const LOOK_AFTER: Duration = Duration::from_millis(3500);
-const LOOK_PATIENCE: Duration = Duration::from_millis(1000);
+/// for: together [`ANSWER_TIMEOUT`].
+const QUORUM_CHECK_AFTER: Duration = Duration::from_millis(3500);
+const QUORUM_CHECK_TIMEOUT: Duration = Duration::from_millis(1000);
 /// Then it is not known what became of the entry. Its leader may be lost, although there is a
 /// quorum.
-const ENTRY_PATIENCE: Duration = Duration::from_secs(10);
+const ENTRY_TIMEOUT: Duration = Duration::from_secs(10);
 /// A shard that has taken nothing for so long is given up, though it has a quorum.
 const STALL_MAX: Duration = Duration::from_secs(20);
 
 /// After an entry that was not taken: what refuses at once must not be asked again within a moment.
-const PAUSE: Duration = Duration::from_millis(200);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// What is to be stored, and under which key. Both have a length that the store takes.
 #[derive(Debug, Clone)]
 pub struct Pair {
     pub key: Bytes,
     pub value: Bytes,
-    pub kind: Kind,
+    pub encoding: PairEncoding,
 }
 
 /// The media types that batches write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum PairEncoding {
     Text,
     Bits,
 }
 
 /// What became of a batch.
 #[derive(Debug, Default)]
-pub struct Written {
+pub struct BatchOutcome {
     /// The places of pairs that are not known to be stored, in order.
     pub failed: Vec<usize>,
     /// Why, of one of them.
-    pub failure: Option<Refusal>,
+    pub failure: Option<DialectError>,
     /// Shards that took at least one entry.
     pub shards: usize,
 }
 
-pub async fn write(store: &dyn Store, pairs: &[Pair]) -> Written {
+pub async fn write(store: &dyn Store, pairs: &[Pair]) -> BatchOutcome {
     let map = match store.map(options()).await {
         Ok(map) => map,
         Err(failure) => {
-            return Written {
+            return BatchOutcome {
                 failed: (0..pairs.len()).collect(),
                 failure: Some(failure.into()),
                 shards: 0,
@@ -90,16 +90,16 @@ pub async fn write(store: &dyn Store, pairs: &[Pair]) -> Written {
         }
     };
     let mut shards: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
-    for (place, pair) in pairs.iter().enumerate() {
+    for (index, pair) in pairs.iter().enumerate() {
         shards
             .entry(map.owner_of(&pair.key))
             .or_default()
-            .push(place);
+            .push(index);
     }
     let shards = shards
         .into_values()
-        .map(|places| write_shard(store, pairs, places));
-    let mut whole = Written::default();
+        .map(|indices| write_shard(store, pairs, indices));
+    let mut whole = BatchOutcome::default();
     // All at once: where there is no quorum they all wait the same time. Together they hold no more
     // than the batch does.
     let mut parts: FuturesUnordered<_> = shards.collect();
@@ -112,39 +112,42 @@ pub async fn write(store: &dyn Store, pairs: &[Pair]) -> Written {
     whole
 }
 
-/// The pairs at `places`, which one shard owns as far as is known.
-async fn write_shard(store: &dyn Store, pairs: &[Pair], places: Vec<usize>) -> Written {
-    let mut rest = VecDeque::from(places);
-    let mut written = Written::default();
-    let (mut taken, mut operations_max) = (Instant::now(), OPERATIONS_AT_FIRST);
+/// The pairs at `indices`, which one shard owns as far as is known.
+async fn write_shard(store: &dyn Store, pairs: &[Pair], indices: Vec<usize>) -> BatchOutcome {
+    let mut rest = VecDeque::from(indices);
+    let mut outcome = BatchOutcome::default();
+    let (mut last_progress, mut operations_max) = (Instant::now(), OPERATIONS_AT_FIRST);
     while !rest.is_empty() {
         let len = entry_len(pairs, rest.iter(), operations_max);
         let entry: Vec<usize> = rest.drain(..len).collect();
         let begun = Instant::now();
-        let answers = write_entry(store, entry.iter().map(|place| &pairs[*place])).await;
+        let answers = write_entry(store, entry.iter().map(|index| &pairs[*index])).await;
         let has_answered = answers.is_some();
-        let Told { again, unfinished } = written.note(&entry, answers.unwrap_or_default());
-        for place in again.into_iter().rev() {
-            rest.push_front(place);
+        let EntryOutcome { retry, unfinished } =
+            outcome.record_answers(&entry, answers.unwrap_or_default());
+        for index in retry.into_iter().rev() {
+            rest.push_front(index);
         }
-        operations_max = next_size(operations_max, begun.elapsed(), unfinished.is_none());
+        operations_max = next_operations_max(operations_max, begun.elapsed(), unfinished.is_none());
         let Some(failure) = unfinished else {
-            taken = Instant::now();
+            last_progress = Instant::now();
             continue;
         };
         let Some(next) = rest.front() else { break };
-        let patience = PATIENCE.saturating_sub(taken.elapsed()).max(LOOK_PATIENCE);
+        let patience = ANSWER_TIMEOUT
+            .saturating_sub(last_progress.elapsed())
+            .max(QUORUM_CHECK_TIMEOUT);
         if !has_answered
-            || taken.elapsed() > STALL_MAX
+            || last_progress.elapsed() > STALL_MAX
             || !has_quorum(store, &pairs[*next].key, patience).await
         {
             rest.drain(..)
-                .for_each(|place| written.fail(place, failure.clone().into()));
+                .for_each(|index| outcome.fail(index, failure.clone().into()));
         } else {
-            sleep(PAUSE).await;
+            sleep(RETRY_PAUSE).await;
         }
     }
-    written
+    outcome
 }
 
 /// Writes one entry, and waits for it as long as its shard has a quorum. None: it has none, and
@@ -159,14 +162,14 @@ async fn write_entry<'a>(
         operations,
         None,
         Options {
-            timeout: ENTRY_PATIENCE,
+            timeout: ENTRY_TIMEOUT,
             ..options()
         }
     ));
     loop {
-        match timeout(LOOK_AFTER, &mut write).await {
+        match timeout(QUORUM_CHECK_AFTER, &mut write).await {
             Ok(answers) => return Some(answers),
-            Err(_) if has_quorum(store, &key, LOOK_PATIENCE).await => {}
+            Err(_) if has_quorum(store, &key, QUORUM_CHECK_TIMEOUT).await => {}
             Err(_) => return None,
         }
     }
@@ -190,23 +193,23 @@ async fn has_quorum(store: &dyn Store, key: &Bytes, patience: Duration) -> bool 
 }
 
 /// What is to be done after an entry.
-struct Told {
+struct EntryOutcome {
     /// What was certainly not done.
-    again: Vec<usize>,
+    retry: Vec<usize>,
     /// Why the entry was not taken as a whole.
     unfinished: Option<Failure>,
 }
 
-impl Written {
-    fn note(&mut self, entry: &[usize], answers: Vec<Answer>) -> Told {
-        let mut told = Told {
-            again: Vec::new(),
+impl BatchOutcome {
+    fn record_answers(&mut self, entry: &[usize], answers: Vec<Answer>) -> EntryOutcome {
+        let mut entry_outcome = EntryOutcome {
+            retry: Vec::new(),
             unfinished: None,
         };
         let unanswered = || Failure::Unknown {
             reason: "there was no answer".to_owned(),
         };
-        for (at, place) in entry.iter().enumerate() {
+        for (at, index) in entry.iter().enumerate() {
             let failure = match answers.get(at) {
                 Some(Ok(_)) => {
                     self.shards = 1;
@@ -218,27 +221,27 @@ impl Written {
             match &failure {
                 Failure::Overloaded { .. }
                 | Failure::Unavailable { .. }
-                | Failure::Elsewhere { .. } => told.again.push(*place),
+                | Failure::Elsewhere { .. } => entry_outcome.retry.push(*index),
                 Failure::Unknown { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
-                    self.fail(*place, failure.clone().into());
+                    self.fail(*index, failure.clone().into());
                 }
             }
-            told.unfinished.get_or_insert(failure);
+            entry_outcome.unfinished.get_or_insert(failure);
         }
-        told
+        entry_outcome
     }
 
-    fn fail(&mut self, place: usize, failure: Refusal) {
-        self.failed.push(place);
+    fn fail(&mut self, index: usize, failure: DialectError) {
+        self.failed.push(index);
         self.failure.get_or_insert(failure);
     }
 }
 
 impl Pair {
     fn operation(&self) -> Operation {
-        let media = match self.kind {
-            Kind::Text => Media::Text,
-            Kind::Bits => bits::media(),
+        let media = match self.encoding {
+            PairEncoding::Text => Media::Text,
+            PairEncoding::Bits => bits::media(),
         };
         let action = Action::Put {
             media,
@@ -252,30 +255,30 @@ impl Pair {
     }
 }
 
-/// How many operations the next entry may have, after one of `now` that was taken, or not, in so
-/// long.
-fn next_size(now: usize, took: Duration, taken: bool) -> usize {
+/// How many operations the next entry may have, after one of `current` that was taken, or not, in
+/// so long.
+fn next_operations_max(current: usize, took: Duration, was_taken: bool) -> usize {
     let next = match took {
-        _ if !taken => now / 2,
-        took if took < QUICK => now * 2,
-        took if took > SLOW => now / 2,
-        _ => now,
+        _ if !was_taken => current / 2,
+        took if took < FAST_ENTRY => current * 2,
+        took if took > SLOW_ENTRY => current / 2,
+        _ => current,
     };
     next.clamp(OPERATIONS_MIN, OPERATIONS_MAX)
 }
 
-/// How many of the pairs at `places` make the next entry: one at least.
+/// How many of the pairs at `indices` make the next entry: one at least.
 fn entry_len<'a>(
     pairs: &[Pair],
-    places: impl Iterator<Item = &'a usize>,
+    indices: impl Iterator<Item = &'a usize>,
     operations_max: usize,
 ) -> usize {
     let mut bytes = 0;
-    let fits = |place: &usize| {
-        bytes += pairs[*place].key.len() + pairs[*place].value.len();
+    let fits = |index: &usize| {
+        bytes += pairs[*index].key.len() + pairs[*index].value.len();
         bytes <= ENTRY_BYTES
     };
-    let fitting = places
+    let fitting = indices
         .take(operations_max)
         .map(fits)
         .take_while(|fits| *fits)
@@ -292,7 +295,7 @@ mod tests {
         let pair = |bytes: &usize| Pair {
             key: Bytes::from_static(b"k"),
             value: vec![b'v'; *bytes].into(),
-            kind: Kind::Text,
+            encoding: PairEncoding::Text,
         };
         values.iter().map(pair).collect()
     }
@@ -306,9 +309,9 @@ mod tests {
             (vec![1, 8 << 20], 1),
             (vec![0; 20_000], OPERATIONS_MAX),
         ] {
-            let places: Vec<usize> = (0..values.len()).collect();
+            let indices: Vec<usize> = (0..values.len()).collect();
             assert_eq!(
-                entry_len(&pairs(&values), places.iter(), OPERATIONS_MAX),
+                entry_len(&pairs(&values), indices.iter(), OPERATIONS_MAX),
                 len
             );
         }
@@ -320,13 +323,13 @@ mod tests {
         let sizes = |took: &[u64]| {
             let mut size = OPERATIONS_AT_FIRST;
             let next = |took: &u64| {
-                let after = next_size(size, ms(*took), true);
+                let after = next_operations_max(size, ms(*took), true);
                 std::mem::replace(&mut size, after)
             };
             took.iter().map(next).collect::<Vec<_>>()
         };
         assert_eq!(sizes(&[1, 1, 1, 1]), [500, 1000, 2000, 2000]);
-        assert_eq!(next_size(500, ms(1), false), 250);
+        assert_eq!(next_operations_max(500, ms(1), false), 250);
         assert_eq!(
             sizes(&[500, 4000, 4000, 500, 4000, 4000, 1]),
             [500, 500, 250, 125, 125, 62, 50]
@@ -339,7 +342,7 @@ mod tests {
         let pair = |n: usize| Pair {
             key: format!("k{}", n % keys).into(),
             value: n.to_string().into(),
-            kind: Kind::Text,
+            encoding: PairEncoding::Text,
         };
         (0..count).map(pair).collect()
     }
@@ -351,10 +354,10 @@ mod tests {
     }
 
     /// What becomes of a batch, and how long that takes, by the clock of the test.
-    async fn written(store: &FakeStore, pairs: &[Pair]) -> (Written, Duration) {
+    async fn write_timed(store: &FakeStore, pairs: &[Pair]) -> (BatchOutcome, Duration) {
         let begun = Instant::now();
-        let written = write(store, pairs).await;
-        (written, begun.elapsed())
+        let outcome = write(store, pairs).await;
+        (outcome, begun.elapsed())
     }
 
     #[tokio::test(start_paused = true)]
@@ -362,8 +365,8 @@ mod tests {
         for (slowness_ms, count) in [(3000, 3000), (9000, 700)] {
             let store = one_shard();
             store.slow_down_writes(Duration::from_millis(slowness_ms));
-            let (written, took) = written(&store, &numbered(count, count)).await;
-            assert_eq!(written.failed, [0; 0], "{:?}", written.failure);
+            let (outcome, took) = write_timed(&store, &numbered(count, count)).await;
+            assert_eq!(outcome.failed, [0; 0], "{:?}", outcome.failure);
             assert!(took > Duration::from_secs(5), "nothing was slow: {took:?}");
         }
     }
@@ -377,11 +380,11 @@ mod tests {
         let store = one_shard();
         store.slow_down_writes(Duration::from_secs(3600));
         store.slow_down_reads(Duration::from_secs(3600));
-        let (all, took) = written(&store, &numbered(3000, 3000)).await;
-        assert_eq!((all.failed.len(), took), (3000, PATIENCE));
+        let (all, took) = write_timed(&store, &numbered(3000, 3000)).await;
+        assert_eq!((all.failed.len(), took), (3000, ANSWER_TIMEOUT));
         let store = one_shard();
         store.fail(1, no_quorum);
-        let (all, _) = written(&store, &numbered(3000, 3000)).await;
+        let (all, _) = write_timed(&store, &numbered(3000, 3000)).await;
         assert_eq!(
             (
                 all.failed.len(),
@@ -395,9 +398,12 @@ mod tests {
     async fn a_shard_that_only_reads_is_given_up_in_the_end() {
         let store = one_shard();
         store.slow_down_writes(Duration::from_secs(3600));
-        let (all, took) = written(&store, &numbered(3000, 3000)).await;
+        let (all, took) = write_timed(&store, &numbered(3000, 3000)).await;
         assert_eq!(all.failed.len(), 3000);
-        assert!(took < STALL_MAX + ENTRY_PATIENCE + LOOK_AFTER, "{took:?}");
+        assert!(
+            took < STALL_MAX + ENTRY_TIMEOUT + QUORUM_CHECK_AFTER,
+            "{took:?}"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -414,7 +420,7 @@ mod tests {
         ] {
             let store = one_shard();
             store.fail_next_write(failure);
-            let (all, _) = written(&store, &numbered(2500, 600)).await;
+            let (all, _) = write_timed(&store, &numbered(2500, 600)).await;
             assert_eq!(all.failed, [0; 0], "{:?}", all.failure);
             let last = store.record(b"k99").expect("it is stored").value;
             assert_eq!(last, "2499", "of pairs with the same key the last wins");
@@ -427,7 +433,7 @@ mod tests {
         store.fail_next_write(Failure::Unknown {
             reason: "the leader was lost".into(),
         });
-        let (all, _) = written(&store, &numbered(2500, 2500)).await;
+        let (all, _) = write_timed(&store, &numbered(2500, 2500)).await;
         assert_eq!(all.failed, (0..OPERATIONS_AT_FIRST).collect::<Vec<_>>());
         assert!(store.record(b"k0").is_none() && store.record(b"k500").is_some());
     }

@@ -18,19 +18,19 @@ pub fn media() -> Media {
 }
 
 /// Whether a stored value is a bit string.
-pub fn are_stored(media: &Media, text: &str) -> bool {
-    matches!(media, Media::Other(name) if name == MEDIA) && are(text)
+pub fn is_stored_as_bits(media: &Media, text: &str) -> bool {
+    matches!(media, Media::Other(name) if name == MEDIA) && is_bit_string(text)
 }
 
 /// Whether `text` is a bit string.
-pub fn are(text: &str) -> bool {
+pub fn is_bit_string(text: &str) -> bool {
     text.bytes().all(|byte| matches!(byte, b'0' | b'1'))
 }
 
 /// What the `binary` key with this data is stored under; none: it is empty, too long, or no bit
 /// string.
 pub fn key(data: &str) -> Option<Bytes> {
-    if !(1..=KEY_BYTES_MAX).contains(&data.len()) || !are(data) {
+    if !(1..=KEY_BYTES_MAX).contains(&data.len()) || !is_bit_string(data) {
         return None;
     }
     let marked: Vec<u8> = data.bytes().chain([b'1']).collect();
@@ -50,13 +50,13 @@ pub fn key(data: &str) -> Option<Bytes> {
 /// The data of the `binary` key that is stored under `key`; none: that is another key.
 pub fn data(key: &[u8]) -> Option<String> {
     let packed = key.strip_prefix(&RESERVED_PREFIX)?;
-    let mut data = spell(packed);
+    let mut data = to_text(packed);
     data.truncate(data.rfind('1')?);
     Some(data)
 }
 
 /// The bits of `bytes`, 8 characters each.
-pub fn spell(bytes: &[u8]) -> String {
+pub fn to_text(bytes: &[u8]) -> String {
     bytes
         .iter()
         .flat_map(|byte| {
@@ -106,6 +106,6 @@ mod tests {
 
     #[test]
     fn bytes_are_spelt_from_the_highest_bit() {
-        assert_eq!(spell(&[0x00, 0xff, 0x81]), "000000001111111110000001");
+        assert_eq!(to_text(&[0x00, 0xff, 0x81]), "000000001111111110000001");
     }
 }

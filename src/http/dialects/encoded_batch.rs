@@ -29,10 +29,10 @@ use futures::future::BoxFuture;
 use http::StatusCode;
 use serde_json::value::RawValue;
 
-use super::batch::{self, Kind, Pair};
-use super::list::{self, Kept, KeyValue, Names, Object};
-use super::pieces::{self, Everything, Lookup, PIECE_BYTES, Pieces, push_text};
-use super::{JSON, Refusal, Shown, Text, answer, bits, read_body};
+use super::batch::{self, Pair, PairEncoding};
+use super::list::{self, BudgetedVec, KeyValue, MemberNames, PairObject};
+use super::pieces::{self, CHUNK_BYTES, FullScan, JsonChunks, KeyLookup, push_text};
+use super::{DialectError, DisplayValue, JSON, JsonText, answer, bits, read_body};
 use crate::client::store::Failure;
 use crate::http::body::BodyBytes;
 use crate::http::metrics::Dialect;
@@ -41,35 +41,35 @@ use crate::sm::kv::Record;
 use crate::types::KEY_BYTES_MAX;
 
 /// What stands for a key that was not sent and a value that does not exist.
-const NOTHING: &str = r#"{"encoding":"","data":""}"#;
+const NO_VALUE: &str = r#"{"encoding":"","data":""}"#;
 
 /// Elements of a list: one of 64 MiB has no more keys than this, but could have more of `{}`, each
 /// of which makes a longer answer.
 const ELEMENTS_MAX: usize = 2_200_000;
 
 /// `{"encoding": ..., "data": ...}`
-struct Encoded;
+struct EncodedMembers;
 
-impl Names for Encoded {
+impl MemberNames for EncodedMembers {
     const FIRST: &'static str = "encoding";
     const SECOND: &'static str = "data";
 }
 
 /// A key or value as it was sent.
-enum Sent<'a> {
-    String(Text<'a>),
-    Bits(Text<'a>),
+enum EncodedText<'a> {
+    String(JsonText<'a>),
+    Bits(JsonText<'a>),
 }
 
-impl<'a> Sent<'a> {
+impl<'a> EncodedText<'a> {
     /// None: the encoding is unknown, or something is missing or not what the encoding says.
     fn read(json: &'a RawValue) -> Option<Self> {
-        let encoded: Object<'a, Encoded> = serde_json::from_str(json.get()).ok()?;
-        let Text(encoding) = serde_json::from_str(encoded.first?.get()).ok()?;
-        let data: Text<'a> = serde_json::from_str(encoded.second?.get()).ok()?;
+        let encoded: PairObject<'a, EncodedMembers> = serde_json::from_str(json.get()).ok()?;
+        let JsonText(encoding) = serde_json::from_str(encoded.first?.get()).ok()?;
+        let data: JsonText<'a> = serde_json::from_str(encoded.second?.get()).ok()?;
         match encoding.as_ref() {
-            "string" => Some(Sent::String(data)),
-            "binary" if bits::are(&data.0) => Some(Sent::Bits(data)),
+            "string" => Some(EncodedText::String(data)),
+            "binary" if bits::is_bit_string(&data.0) => Some(EncodedText::Bits(data)),
             _ => None,
         }
     }
@@ -77,39 +77,39 @@ impl<'a> Sent<'a> {
     /// What such a key is stored under; none: it can't exist.
     fn into_key(self, body: &Bytes) -> Option<Bytes> {
         match self {
-            Sent::String(text) => {
+            EncodedText::String(text) => {
                 Some(text.into_bytes(body)).filter(|key| (1..=KEY_BYTES_MAX).contains(&key.len()))
             }
-            Sent::Bits(data) => bits::key(&data.0),
+            EncodedText::Bits(data) => bits::key(&data.0),
         }
     }
 }
 
 /// What a batch comes to.
-struct Batch {
-    pairs: Kept<Pair>,
+struct EncodedPairs {
+    pairs: BudgetedVec<Pair>,
     /// The keys of `pairs`, as they were sent.
-    keys: Kept<Bytes>,
+    keys: BudgetedVec<Bytes>,
     /// The keys of pairs that can't be stored, as they were sent.
-    failed: Kept<Bytes>,
+    failed: BudgetedVec<Bytes>,
 }
 
-impl Batch {
-    fn read(body: &BodyBytes, limits: &Limits) -> Result<Self, Refusal> {
+impl EncodedPairs {
+    fn read(body: &BodyBytes, limits: &Limits) -> Result<Self, DialectError> {
         let mut batch = Self {
-            pairs: Kept::new(body),
-            keys: Kept::new(body),
-            failed: Kept::new(body),
+            pairs: BudgetedVec::new(body),
+            keys: BudgetedVec::new(body),
+            failed: BudgetedVec::new(body),
         };
         let mut count = 0;
-        list::read(body, |pair: Object<'_, KeyValue>| {
+        list::read(body, |pair: PairObject<'_, KeyValue>| {
             check_count(&mut count)?;
             let key = pair
                 .first
-                .map_or(Bytes::from_static(NOTHING.as_bytes()), |key| {
-                    as_sent(&body.bytes, key)
+                .map_or(Bytes::from_static(NO_VALUE.as_bytes()), |key| {
+                    raw_text(&body.bytes, key)
                 });
-            match sent_pair(&pair, &body.bytes)
+            match read_pair(&pair, &body.bytes)
                 .filter(|pair| pair.value.len() <= limits.value_bytes_max)
             {
                 Some(pair) => {
@@ -123,26 +123,26 @@ impl Batch {
     }
 }
 
-fn sent_pair(pair: &Object<'_, KeyValue>, body: &Bytes) -> Option<Pair> {
-    let key = Sent::read(pair.first?)?.into_key(body)?;
-    Some(match Sent::read(pair.second?)? {
-        Sent::String(text) => Pair {
+fn read_pair(pair: &PairObject<'_, KeyValue>, body: &Bytes) -> Option<Pair> {
+    let key = EncodedText::read(pair.first?)?.into_key(body)?;
+    Some(match EncodedText::read(pair.second?)? {
+        EncodedText::String(text) => Pair {
             key,
             value: text.into_bytes(body),
-            kind: Kind::Text,
+            encoding: PairEncoding::Text,
         },
-        Sent::Bits(data) => Pair {
+        EncodedText::Bits(data) => Pair {
             key,
             value: data.into_bytes(body),
-            kind: Kind::Bits,
+            encoding: PairEncoding::Bits,
         },
     })
 }
 
-fn check_count(count: &mut usize) -> Result<(), Refusal> {
+fn check_count(count: &mut usize) -> Result<(), DialectError> {
     *count += 1;
     if *count > ELEMENTS_MAX {
-        return Err(Refusal::new(
+        return Err(DialectError::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("a list has at most {ELEMENTS_MAX} elements"),
         ));
@@ -151,23 +151,23 @@ fn check_count(count: &mut usize) -> Result<(), Refusal> {
 }
 
 /// The text of a value, as a part of the body it was read from.
-fn as_sent(body: &Bytes, json: &RawValue) -> Bytes {
+fn raw_text(body: &Bytes, json: &RawValue) -> Bytes {
     body.slice_ref(json.get().as_bytes())
 }
 
 /// `PUT /set`
-pub async fn set(app: &App, body: BodyBytes) -> Result<Response, Refusal> {
+pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
     let limits = app.limits.clone();
     let batch = list::apart(body.len(), move || {
-        Batch::read(&body, &limits).map(|batch| (batch, body))
+        EncodedPairs::read(&body, &limits).map(|batch| (batch, body))
     })
     .await;
     let (batch, _body) = batch?;
-    let written = batch::write(&*app.store, &batch.pairs).await;
-    let failed: Vec<&[u8]> = written
+    let outcome = batch::write(&*app.store, &batch.pairs).await;
+    let failed: Vec<&[u8]> = outcome
         .failed
         .iter()
-        .map(|place| &batch.keys[*place])
+        .map(|index| &batch.keys[*index])
         .chain(&*batch.failed)
         .map(|key| &key[..])
         .collect();
@@ -176,7 +176,7 @@ pub async fn set(app: &App, body: BodyBytes) -> Result<Response, Refusal> {
     } else {
         StatusCode::PARTIAL_CONTENT
     };
-    let added = batch.pairs.len() - written.failed.len();
+    let added = batch.pairs.len() - outcome.failed.len();
     let mut json = format!(r#"[{{"keys_added":{added},"keys_failed":["#).into_bytes();
     json.extend(failed.join(&b","[..]));
     json.extend(b"]}]");
@@ -185,23 +185,23 @@ pub async fn set(app: &App, body: BodyBytes) -> Result<Response, Refusal> {
 
 /// `POST /fetch`
 pub async fn fetch(State(app): State<SharedApp>, request: Request) -> Response {
-    look_up(&app, request, Wanted::Values).await
+    look_up(&app, request, LookupKind::Values).await
 }
 
 /// `POST /query`
 pub async fn query(State(app): State<SharedApp>, request: Request) -> Response {
-    look_up(&app, request, Wanted::Existence).await
+    look_up(&app, request, LookupKind::Existence).await
 }
 
 /// `GET /fetch`
 pub async fn everything(State(app): State<SharedApp>, request: Request) -> Response {
     let timer = app.start_timer(Dialect::EncodedBatch, &request);
-    let listing = Listing {
-        all: Everything::new(Arc::clone(&app.store)),
+    let chunks = ScanChunks {
+        all: FullScan::new(Arc::clone(&app.store)),
         opening: Some("["),
     };
     timer.finish(
-        pieces::respond(&app.answers, listing)
+        pieces::respond(&app.answers, chunks)
             .await
             .unwrap_or_else(|refusal| refusal.respond(request.method())),
     )
@@ -209,32 +209,32 @@ pub async fn everything(State(app): State<SharedApp>, request: Request) -> Respo
 
 /// What is asked of keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanted {
+enum LookupKind {
     Values,
     Existence,
 }
 
-async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
+async fn look_up(app: &App, request: Request, kind: LookupKind) -> Response {
     let mut timer = app.start_timer(Dialect::EncodedBatch, &request);
     timer.mark_read_only();
     let (parts, body) = request.into_parts();
     let found = async {
         let body = read_body(app, &parts, body).await?;
         let limits = app.limits.clone();
-        let asked = list::apart(body.len(), move || Asked::read(body, &limits)).await?;
-        let lookup = Lookup::new(
+        let requested = list::apart(body.len(), move || RequestedKeys::read(body, &limits)).await?;
+        let lookup = KeyLookup::new(
             Arc::clone(&app.store),
-            asked.keys,
-            wanted == Wanted::Existence,
+            requested.keys,
+            kind == LookupKind::Existence,
         );
         pieces::respond(
             &app.answers,
-            Found {
+            LookupChunks {
                 lookup,
-                wanted,
-                sent: asked.sent,
+                kind,
+                raw_keys: requested.raw_keys,
                 opening: Some("["),
-                _body: asked.body,
+                _body: requested.body,
             },
         )
         .await
@@ -247,64 +247,70 @@ async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
 }
 
 /// The keys of a request.
-struct Asked {
+struct RequestedKeys {
     body: BodyBytes,
     /// As they were sent.
-    sent: Kept<Bytes>,
+    raw_keys: BudgetedVec<Bytes>,
     /// What they are stored under; empty: they can't exist.
-    keys: Kept<Bytes>,
+    keys: BudgetedVec<Bytes>,
 }
 
-impl Asked {
-    fn read(body: BodyBytes, limits: &Limits) -> Result<Self, Refusal> {
-        let (mut sent, mut keys) = (Kept::new(&body), Kept::new(&body));
+impl RequestedKeys {
+    fn read(body: BodyBytes, limits: &Limits) -> Result<Self, DialectError> {
+        let (mut raw_keys, mut keys) = (BudgetedVec::new(&body), BudgetedVec::new(&body));
         let mut count = 0;
         list::read(&body, |key: &RawValue| {
             check_count(&mut count)?;
             if !key.get().starts_with('{') {
-                return Err(Refusal::bad_request("Bad json format: a key is an object"));
+                return Err(DialectError::bad_request(
+                    "Bad json format: a key is an object",
+                ));
             }
-            sent.push(as_sent(&body.bytes, key), limits)?;
+            raw_keys.push(raw_text(&body.bytes, key), limits)?;
             keys.push(
-                Sent::read(key)
+                EncodedText::read(key)
                     .and_then(|key| key.into_key(&body.bytes))
                     .unwrap_or_default(),
                 limits,
             )
         })?;
-        Ok(Self { body, sent, keys })
+        Ok(Self {
+            body,
+            raw_keys,
+            keys,
+        })
     }
 }
 
 /// The answer to a request for keys.
-struct Found {
-    lookup: Lookup,
-    wanted: Wanted,
-    sent: Kept<Bytes>,
+struct LookupChunks {
+    lookup: KeyLookup,
+    kind: LookupKind,
+    raw_keys: BudgetedVec<Bytes>,
     /// What comes before the next element; none: all was said.
     opening: Option<&'static str>,
     _body: BodyBytes,
 }
 
-impl Pieces for Found {
+impl JsonChunks for LookupChunks {
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, Failure>> {
         Box::pin(async move {
             let mut json = Vec::new();
-            while let Some(opening) = self.opening.filter(|_| json.len() < PIECE_BYTES) {
-                let Some((place, record)) = self.lookup.next().await? else {
+            while let Some(opening) = self.opening.filter(|_| json.len() < CHUNK_BYTES) {
+                let Some((index, record)) = self.lookup.next().await? else {
                     json.extend_from_slice(closing(opening).as_bytes());
                     self.opening = None;
                     break;
                 };
                 json.extend_from_slice(opening.as_bytes());
                 json.extend_from_slice(br#"{"key":"#);
-                json.extend_from_slice(&self.sent[place]);
+                json.extend_from_slice(&self.raw_keys[index]);
                 json.extend_from_slice(br#","value":"#);
-                match (self.wanted, &record) {
-                    (Wanted::Existence, Some(_)) => json.extend_from_slice(b"true"),
-                    (Wanted::Existence, None) => json.extend_from_slice(b"false"),
-                    (Wanted::Values, Some(record)) => push_value(&mut json, record),
-                    (Wanted::Values, None) => json.extend_from_slice(NOTHING.as_bytes()),
+                match (self.kind, &record) {
+                    (LookupKind::Existence, Some(_)) => json.extend_from_slice(b"true"),
+                    (LookupKind::Existence, None) => json.extend_from_slice(b"false"),
+                    (LookupKind::Values, Some(record)) => push_value(&mut json, record),
+                    (LookupKind::Values, None) => json.extend_from_slice(NO_VALUE.as_bytes()),
                 }
                 json.push(b'}');
                 self.opening = Some(",");
@@ -315,17 +321,17 @@ impl Pieces for Found {
 }
 
 /// The list of every pair.
-struct Listing {
-    all: Everything,
+struct ScanChunks {
+    all: FullScan,
     /// What comes before the next element; none: all was said.
     opening: Option<&'static str>,
 }
 
-impl Pieces for Listing {
+impl JsonChunks for ScanChunks {
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, Failure>> {
         Box::pin(async move {
             let mut json = Vec::new();
-            while let Some(opening) = self.opening.filter(|_| json.len() < PIECE_BYTES) {
+            while let Some(opening) = self.opening.filter(|_| json.len() < CHUNK_BYTES) {
                 let Some(item) = self.all.next().await? else {
                     json.extend_from_slice(closing(opening).as_bytes());
                     self.opening = None;
@@ -353,17 +359,17 @@ fn push_key(json: &mut Vec<u8>, key: &[u8]) {
     match (bits::data(key), std::str::from_utf8(key)) {
         (Some(data), _) => push_encoded(json, "binary", &data),
         (None, Ok(text)) => push_encoded(json, "string", text),
-        (None, Err(_)) => push_encoded(json, "binary", &bits::spell(key)),
+        (None, Err(_)) => push_encoded(json, "binary", &bits::to_text(key)),
     }
 }
 
 fn push_value(json: &mut Vec<u8>, record: &Record) {
-    match Shown::new(&record.media, &record.value) {
-        Shown::Text(text) if bits::are_stored(&record.media, text) => {
+    match DisplayValue::new(&record.media, &record.value) {
+        DisplayValue::Text(text) if bits::is_stored_as_bits(&record.media, text) => {
             push_encoded(json, "binary", text)
         }
-        Shown::Text(text) | Shown::Json(text) => push_encoded(json, "string", text),
-        Shown::Bytes(bytes) => push_encoded(json, "binary", &bits::spell(bytes)),
+        DisplayValue::Text(text) | DisplayValue::Json(text) => push_encoded(json, "string", text),
+        DisplayValue::Bytes(bytes) => push_encoded(json, "binary", &bits::to_text(bytes)),
     }
 }
 
@@ -447,7 +453,7 @@ mod tests {
                         pair(K1, &text("hällo")),
                         pair(B1, &b),
                         pair(K1, &text("hällo")),
-                        pair(&text("no"), NOTHING),
+                        pair(&text("no"), NO_VALUE),
                     ]),
                 ),
                 (
@@ -456,8 +462,8 @@ mod tests {
                     200,
                     list(&[
                         pair(&text("k2"), &text("")),
-                        pair(&bits("01100"), NOTHING),
-                        pair(&text("0110"), NOTHING),
+                        pair(&bits("01100"), NO_VALUE),
+                        pair(&text("0110"), NO_VALUE),
                     ]),
                 ),
                 ("POST /query", "[]".into(), 200, "[]".into()),
@@ -546,7 +552,7 @@ mod tests {
             reply.text(),
             format!(
                 r#"[{{"keys_added":0,"keys_failed":{}}}]"#,
-                list(&[K1.into(), NOTHING.into(), NOTHING.into()])
+                list(&[K1.into(), NO_VALUE.into(), NO_VALUE.into()])
             )
         );
         assert_eq!(
@@ -682,7 +688,7 @@ mod tests {
                 assert!(reply.json()["error"].is_string(), "{head} {body}");
             }
         }
-        let none = format!(r#"[{{"key":{{}},"value":{NOTHING}}}]"#);
+        let none = format!(r#"[{{"key":{{}},"value":{NO_VALUE}}}]"#);
         assert_eq!(site.ask("POST /fetch", "[{}]").await.text(), none);
         for head in ["PUT /set", "POST /fetch", "POST /query"] {
             assert_eq!(

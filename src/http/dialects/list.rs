@@ -8,7 +8,7 @@ use std::ops::Deref;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{Refusal, Text};
+use super::{DialectError, JsonText};
 use crate::budget::Share;
 use crate::http::Limits;
 use crate::http::body::{self, BodyBytes};
@@ -16,19 +16,19 @@ use crate::http::body::{self, BodyBytes};
 /// A body from this size on takes milliseconds to read.
 const LARGE_BYTES: usize = 256 << 10;
 
-/// Elements that [`Kept`] has room for at first.
-const KEPT_MIN: usize = 16;
+/// Elements that [`BudgetedVec`] has room for at first.
+const CAPACITY_MIN: usize = 16;
 
 /// What an object says under two names, the last of each; what else it says is left out.
 #[derive(Debug, Clone, Copy)]
-pub struct Object<'a, N> {
+pub struct PairObject<'a, N> {
     pub first: Option<&'a RawValue>,
     pub second: Option<&'a RawValue>,
     names: PhantomData<N>,
 }
 
 /// The two names.
-pub trait Names {
+pub trait MemberNames {
     const FIRST: &'static str;
     const SECOND: &'static str;
 }
@@ -37,29 +37,29 @@ pub trait Names {
 #[derive(Debug, Clone, Copy)]
 pub struct KeyValue;
 
-impl Names for KeyValue {
+impl MemberNames for KeyValue {
     const FIRST: &'static str = "key";
     const SECOND: &'static str = "value";
 }
 
-impl<'de: 'a, 'a, N: Names> serde::Deserialize<'de> for Object<'a, N> {
+impl<'de: 'a, 'a, N: MemberNames> serde::Deserialize<'de> for PairObject<'a, N> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Members<'a, N>(PhantomData<(&'a (), N)>);
+        struct PairVisitor<'a, N>(PhantomData<(&'a (), N)>);
 
-        impl<'de: 'a, 'a, N: Names> Visitor<'de> for Members<'a, N> {
-            type Value = Object<'a, N>;
+        impl<'de: 'a, 'a, N: MemberNames> Visitor<'de> for PairVisitor<'a, N> {
+            type Value = PairObject<'a, N>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
             fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
-                let mut object = Object {
+                let mut object = PairObject {
                     first: None,
                     second: None,
                     names: PhantomData,
                 };
-                while let Some(Text(name)) = map.next_key()? {
+                while let Some(JsonText(name)) = map.next_key()? {
                     if name == N::FIRST {
                         object.first = Some(map.next_value()?);
                     } else if name == N::SECOND {
@@ -72,7 +72,7 @@ impl<'de: 'a, 'a, N: Names> serde::Deserialize<'de> for Object<'a, N> {
             }
         }
 
-        deserializer.deserialize_map(Members(PhantomData))
+        deserializer.deserialize_map(PairVisitor(PhantomData))
     }
 }
 
@@ -83,10 +83,10 @@ impl<'de: 'a, 'a, N: Names> serde::Deserialize<'de> for Object<'a, N> {
 /// That of `each`; or 400 where it is not a list of such elements.
 pub fn read<'a, T: serde::Deserialize<'a>>(
     json: &'a [u8],
-    each: impl FnMut(T) -> Result<(), Refusal>,
-) -> Result<(), Refusal> {
+    each: impl FnMut(T) -> Result<(), DialectError>,
+) -> Result<(), DialectError> {
     let mut refusal = None;
-    let list = List {
+    let list = ListVisitor {
         each,
         refusal: &mut refusal,
         elements: PhantomData,
@@ -95,18 +95,19 @@ pub fn read<'a, T: serde::Deserialize<'a>>(
     let read = list
         .deserialize(&mut deserializer)
         .and_then(|()| deserializer.end());
-    let bad = |error: serde_json::Error| Refusal::bad_request(format!("Bad json format: {error}"));
+    let bad =
+        |error: serde_json::Error| DialectError::bad_request(format!("Bad json format: {error}"));
     read.map_err(|error| refusal.unwrap_or_else(|| bad(error)))
 }
 
-struct List<'m, T, F> {
+struct ListVisitor<'m, T, F> {
     each: F,
-    refusal: &'m mut Option<Refusal>,
+    refusal: &'m mut Option<DialectError>,
     elements: PhantomData<T>,
 }
 
-impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> DeserializeSeed<'de>
-    for List<'_, T, F>
+impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), DialectError>> DeserializeSeed<'de>
+    for ListVisitor<'_, T, F>
 {
     type Value = ();
 
@@ -115,8 +116,8 @@ impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> Deseri
     }
 }
 
-impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> Visitor<'de>
-    for List<'_, T, F>
+impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), DialectError>> Visitor<'de>
+    for ListVisitor<'_, T, F>
 {
     type Value = ();
 
@@ -138,9 +139,9 @@ impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> Visito
 /// The first element of a list, whatever comes after it. None: there is none, or it is no such
 /// element.
 pub fn first<'a, T: serde::Deserialize<'a>>(json: &'a [u8]) -> Option<T> {
-    struct First<'m, T>(&'m mut Option<T>);
+    struct FirstVisitor<'m, T>(&'m mut Option<T>);
 
-    impl<'de, T: serde::Deserialize<'de>> Visitor<'de> for First<'_, T> {
+    impl<'de, T: serde::Deserialize<'de>> Visitor<'de> for FirstVisitor<'_, T> {
         type Value = ();
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -155,19 +156,19 @@ pub fn first<'a, T: serde::Deserialize<'a>>(json: &'a [u8]) -> Option<T> {
 
     let mut first = None;
     // It fails where more than one element follows: the rest is not looked at.
-    let _ = serde_json::Deserializer::from_slice(json).deserialize_seq(First(&mut first));
+    let _ = serde_json::Deserializer::from_slice(json).deserialize_seq(FirstVisitor(&mut first));
     first
 }
 
 /// What is kept of a list. Its memory is paid for from the budget that the bodies share: a small
 /// element grows when it is read.
 #[derive(Debug)]
-pub struct Kept<T> {
+pub struct BudgetedVec<T> {
     list: Vec<T>,
     share: Share,
 }
 
-impl<T> Kept<T> {
+impl<T> BudgetedVec<T> {
     pub fn new(body: &BodyBytes) -> Self {
         Self {
             list: Vec::new(),
@@ -178,9 +179,9 @@ impl<T> Kept<T> {
     /// # Errors
     ///
     /// 429 where the budget is spent: hence the small steps.
-    pub fn push(&mut self, element: T, limits: &Limits) -> Result<(), Refusal> {
+    pub fn push(&mut self, element: T, limits: &Limits) -> Result<(), DialectError> {
         if self.list.len() == self.list.capacity() {
-            let more = (self.list.len() / 4).max(KEPT_MIN);
+            let more = (self.list.len() / 4).max(CAPACITY_MIN);
             if !self.share.grow(more * size_of::<T>()) {
                 return Err(body::overloaded(limits).into());
             }
@@ -191,7 +192,7 @@ impl<T> Kept<T> {
     }
 }
 
-impl<T> Deref for Kept<T> {
+impl<T> Deref for BudgetedVec<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -219,7 +220,7 @@ mod tests {
 
     use super::*;
 
-    type Pair<'a> = Object<'a, KeyValue>;
+    type Pair<'a> = PairObject<'a, KeyValue>;
 
     fn count(json: &[u8]) -> Result<usize, u16> {
         let mut count = 0;
@@ -228,7 +229,7 @@ mod tests {
             if count <= 3 {
                 Ok(())
             } else {
-                Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, ""))
+                Err(DialectError::new(StatusCode::PAYLOAD_TOO_LARGE, ""))
             }
         };
         read::<Pair<'_>>(json, each)

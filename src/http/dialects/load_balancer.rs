@@ -21,7 +21,8 @@ use http::{Method, StatusCode, header};
 use serde_json::value::RawValue;
 
 use super::{
-    Refusal, Shown, TEXT, Text, answer, list, method_not_allowed, options, python, read_body,
+    DialectError, DisplayValue, JsonText, TEXT, answer, list, method_not_allowed, options, python,
+    read_body,
 };
 use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
 use crate::http::metrics::Dialect;
@@ -38,11 +39,11 @@ const HTML: &str = "text/html; charset=utf-8";
 
 /// How long a linearizable answer is waited for where a copy may answer instead, and how long that
 /// copy is given: together less than the 2 s that are promised.
-const QUORUM_PATIENCE: Duration = Duration::from_millis(1500);
-const COPY_PATIENCE: Duration = Duration::from_millis(400);
+const QUORUM_TIMEOUT: Duration = Duration::from_millis(1500);
+const STALE_READ_TIMEOUT: Duration = Duration::from_millis(400);
 
 /// The same once somebody has waited in vain. Two nodes that are well answer in a few milliseconds.
-const SILENT_QUORUM_PATIENCE: Duration = Duration::from_millis(250);
+const QUORUM_TIMEOUT_AFTER_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// Whether `path` is one of this dialect's with a key: that is one segment, and not empty.
 pub fn owns(path: &str) -> bool {
@@ -54,16 +55,17 @@ pub async fn by_key(app: &App, request: Request) -> Response {
     let mut timer = app.start_timer(Dialect::LoadBalancer, &request);
     let (parts, body) = request.into_parts();
     timer.key(parts.uri.path().as_bytes());
-    let sets = parts.uri.path().starts_with(SET);
-    let answer = match (parts.method.clone(), sets) {
+    let is_set = parts.uri.path().starts_with(SET);
+    let answer = match (parts.method.clone(), is_set) {
         (Method::POST, true) => set(app, &parts, body).await,
         (Method::GET | Method::HEAD, false) => get(app, &parts, body).await,
         (method, _) => {
             body::discard(&parts, body);
-            match (method, sets) {
-                (Method::GET | Method::HEAD, true) => {
-                    Err(Refusal::new(StatusCode::FORBIDDEN, "Use POST to set a key"))
-                }
+            match (method, is_set) {
+                (Method::GET | Method::HEAD, true) => Err(DialectError::new(
+                    StatusCode::FORBIDDEN,
+                    "Use POST to set a key",
+                )),
                 (_, true) => Ok(method_not_allowed(&parts, "POST")),
                 (_, false) => Ok(method_not_allowed(&parts, "GET,HEAD")),
             }
@@ -72,7 +74,7 @@ pub async fn by_key(app: &App, request: Request) -> Response {
     timer.finish(answer.unwrap_or_else(|refusal| respond(&refusal, &parts.method)))
 }
 
-async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> {
+async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectError> {
     let key = match key(parts.uri.path()) {
         Ok(key) => key,
         Err(refusal) => {
@@ -89,7 +91,7 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
     let (printed, media, value) = read?;
     if value.len() > app.limits.value_bytes_max {
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
-        return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
+        return Err(DialectError::new(StatusCode::PAYLOAD_TOO_LARGE, error));
     }
     write(
         app,
@@ -105,9 +107,9 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
 
 /// While the quorum is silent it is asked by a read first: that fails soon, and leaves nothing
 /// behind that might yet happen.
-async fn write(app: &App, operation: Operation) -> Result<(), Refusal> {
-    let pair = pair_of(app, &operation.key).await?;
-    if let Some(shard) = pair.filter(|shard| app.quorums.is_silent(*shard)) {
+async fn write(app: &App, operation: Operation) -> Result<(), DialectError> {
+    let pair = shard_on_two_nodes(app, &operation.key).await?;
+    if let Some(shard) = pair.filter(|shard| app.quorum_timeouts.timed_out_recently(*shard)) {
         ask_quorum(app, shard, operation.key.clone()).await?;
     }
     match app
@@ -118,24 +120,25 @@ async fn write(app: &App, operation: Operation) -> Result<(), Refusal> {
     {
         Some(Ok(_)) => Ok(()),
         Some(Err(WriteFailure::Failed(failure))) => {
-            if let Some(shard) = pair.filter(|_| is_silence(&failure)) {
-                app.quorums.waited_in_vain(shard);
+            if let Some(shard) = pair.filter(|_| is_no_answer(&failure)) {
+                app.quorum_timeouts.record_timeout(shard);
             }
             Err(failure.into())
         }
-        Some(Err(WriteFailure::Rejected(_))) | None => Err(Refusal::unanswered()),
+        Some(Err(WriteFailure::Rejected(_))) | None => Err(DialectError::unanswered()),
     }
 }
 
 /// The value that a body gives, as it is stored.
-fn parse(body: &Bytes) -> Result<(Media, Bytes), Refusal> {
-    let bad = |error: serde_json::Error| Refusal::bad_request(format!("Bad json format: {error}"));
+fn parse(body: &Bytes) -> Result<(Media, Bytes), DialectError> {
+    let bad =
+        |error: serde_json::Error| DialectError::bad_request(format!("Bad json format: {error}"));
     let json = serde_json::from_slice::<&RawValue>(body)
         .map_err(bad)?
         .get();
     let value = match json.as_bytes() {
         [b'"', ..] => {
-            let text: Text<'_> = serde_json::from_str(json).map_err(bad)?;
+            let text: JsonText<'_> = serde_json::from_str(json).map_err(bad)?;
             (Media::Text, text.into_bytes(body))
         }
         _ => (Media::Json, body.slice_ref(json.as_bytes())),
@@ -145,7 +148,7 @@ fn parse(body: &Bytes) -> Result<(Media, Bytes), Refusal> {
         _ => value.1.is_empty(),
     };
     if is_empty {
-        return Err(Refusal::new(
+        return Err(DialectError::new(
             StatusCode::UNPROCESSABLE_ENTITY,
             "The value is empty",
         ));
@@ -153,7 +156,7 @@ fn parse(body: &Bytes) -> Result<(Media, Bytes), Refusal> {
     Ok(value)
 }
 
-async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> {
+async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectError> {
     body::discard(parts, body);
     let Found {
         record,
@@ -176,24 +179,24 @@ async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
 /// The value of a key. Two nodes are no quorum when one of them is down; then the other answers
 /// from what it has, and says how old that is.
 async fn find(app: &App, key: Bytes) -> Result<Found, Failure> {
-    let Some(shard) = pair_of(app, &key).await? else {
+    let Some(shard) = shard_on_two_nodes(app, &key).await? else {
         return app.store.get(key, options()).await;
     };
     match ask_quorum(app, shard, key.clone()).await {
-        Err(failure) if is_silence(&failure) => {
+        Err(failure) if is_no_answer(&failure) => {
             let stale = Options {
                 consistency: Consistency::Stale,
-                timeout: COPY_PATIENCE,
+                timeout: STALE_READ_TIMEOUT,
                 ..options()
             };
             app.store.get(key, stale).await.map_err(|_| failure)
         }
-        settled => settled,
+        other => other,
     }
 }
 
 /// The shard of a key, if it lives on two nodes.
-async fn pair_of(app: &App, key: &[u8]) -> Result<Option<GroupId>, Failure> {
+async fn shard_on_two_nodes(app: &App, key: &[u8]) -> Result<Option<GroupId>, Failure> {
     let map = app.store.map(options()).await?;
     let shard = map.owner_of(key);
     let copies = map.shard(shard).map_or(0, |shard| shard.replicas.len());
@@ -203,10 +206,10 @@ async fn pair_of(app: &App, key: &[u8]) -> Result<Option<GroupId>, Failure> {
 /// What a quorum of two nodes has of a key, waited for less patiently where somebody has just done
 /// so in vain.
 async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<Found, Failure> {
-    let timeout = if app.quorums.is_silent(shard) {
-        SILENT_QUORUM_PATIENCE
+    let timeout = if app.quorum_timeouts.timed_out_recently(shard) {
+        QUORUM_TIMEOUT_AFTER_TIMEOUT
     } else {
-        QUORUM_PATIENCE
+        QUORUM_TIMEOUT
     };
     let found = app
         .store
@@ -219,15 +222,15 @@ async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<Found, Fail
         )
         .await;
     match &found {
-        Ok(_) => app.quorums.answered(shard),
-        Err(failure) if is_silence(failure) => app.quorums.waited_in_vain(shard),
+        Ok(_) => app.quorum_timeouts.record_answer(shard),
+        Err(failure) if is_no_answer(failure) => app.quorum_timeouts.record_timeout(shard),
         Err(_) => {}
     }
     found
 }
 
 /// Whether nobody answered, as without a quorum.
-fn is_silence(failure: &Failure) -> bool {
+fn is_no_answer(failure: &Failure) -> bool {
     match failure {
         Failure::Unavailable { .. } | Failure::Unknown { .. } | Failure::Elsewhere { .. } => true,
         Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => false,
@@ -235,7 +238,7 @@ fn is_silence(failure: &Failure) -> bool {
 }
 
 /// The key that a path ends in.
-fn key(path: &str) -> Result<Bytes, Refusal> {
+fn key(path: &str) -> Result<Bytes, DialectError> {
     let escaped = path
         .strip_prefix(SET)
         .or_else(|| path.strip_prefix(GET))
@@ -250,17 +253,17 @@ fn key(path: &str) -> Result<Bytes, Refusal> {
         Some(_) | None => {
             let error =
                 format!("A key is letters and digits, at most {KEY_BYTES_MAX} bytes of them");
-            Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error))
+            Err(DialectError::new(StatusCode::UNPROCESSABLE_ENTITY, error))
         }
     }
 }
 
 /// A stored value as Python would print it.
 fn printed(media: &Media, value: &[u8]) -> String {
-    match Shown::new(media, value) {
-        Shown::Text(text) => text.to_owned(),
-        Shown::Json(json) => python::print(json).unwrap_or_else(|| json.to_owned()),
-        Shown::Bytes(bytes) => STANDARD.encode(bytes),
+    match DisplayValue::new(media, value) {
+        DisplayValue::Text(text) => text.to_owned(),
+        DisplayValue::Json(json) => python::print(json).unwrap_or_else(|| json.to_owned()),
+        DisplayValue::Bytes(bytes) => STANDARD.encode(bytes),
     }
 }
 
@@ -272,7 +275,7 @@ fn from_server(text: &str) -> Response {
     )
 }
 
-pub fn respond(refusal: &Refusal, method: &Method) -> Response {
+pub fn respond(refusal: &DialectError, method: &Method) -> Response {
     if refusal.status != StatusCode::SERVICE_UNAVAILABLE {
         return refusal.respond(method);
     }
@@ -604,8 +607,8 @@ mod tests {
             )
         };
         let quorum = |patience: Duration| (Consistency::Linearizable, patience);
-        let copy = (Consistency::Stale, COPY_PATIENCE);
-        let (patient, impatient) = (quorum(QUORUM_PATIENCE), quorum(SILENT_QUORUM_PATIENCE));
+        let copy = (Consistency::Stale, STALE_READ_TIMEOUT);
+        let (patient, impatient) = (quorum(QUORUM_TIMEOUT), quorum(QUORUM_TIMEOUT_AFTER_TIMEOUT));
         let writes = quorum(options().timeout);
         assert_eq!(asked("GET /get/key1", "").await, (200, vec![patient]));
         for failure in [

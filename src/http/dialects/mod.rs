@@ -9,7 +9,7 @@
 //! - [`plain_batch`] is E, "plain batch": `POST /set`, `POST /get`.
 //!
 //! A value written through one dialect is read through every other: a stored value is bytes and a
-//! media type, and [`Shown`] is what the dialects make of it. They all proxy: the node asked
+//! media type, and [`DisplayValue`] is what the dialects make of it. They all proxy: the node asked
 //! fetches the answer. An answer that nobody can give comes within five seconds, as 503 in the
 //! dialect's own form; a write may have happened all the same, which these dialects have no word
 //! for.
@@ -42,7 +42,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
-pub(super) use self::quorums::SilentQuorums;
+pub(super) use self::quorums::QuorumTimeouts;
 use super::body::{self, BodyBytes, BodyLimit};
 use super::problem::{Code, Problem};
 use super::{App, SharedApp, media};
@@ -51,7 +51,7 @@ use crate::sm::kv::Media;
 
 /// How long an answer is waited for. The contracts promise a word within 5 s when there is no
 /// quorum.
-const PATIENCE: Duration = Duration::from_millis(4500);
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
 
 /// Dialects with a key at the end of the path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +99,7 @@ pub(super) fn no_room(dialect: super::metrics::Dialect, failure: Failure) -> Res
         super::metrics::Dialect::LoadBalancer => {
             load_balancer::respond(&failure.into(), &Method::GET)
         }
-        _ => Refusal::from(failure).respond(&Method::GET),
+        _ => DialectError::from(failure).respond(&Method::GET),
     }
 }
 
@@ -108,30 +108,30 @@ fn options() -> Options {
     Options {
         consistency: Consistency::Linearizable,
         routing: Routing::Proxy,
-        timeout: PATIENCE,
+        timeout: ANSWER_TIMEOUT,
     }
 }
 
 /// The whole body, whatever its type is called.
-async fn read_body(app: &App, parts: &Parts, body: Body) -> Result<BodyBytes, Refusal> {
+async fn read_body(app: &App, parts: &Parts, body: Body) -> Result<BodyBytes, DialectError> {
     let limit = BodyLimit {
         bytes_max: app.limits.body_bytes_max,
         what: "a body",
     };
     body::read(parts, body, limit, &app.limits, &app.bodies)
         .await
-        .map_err(Refusal::from)
+        .map_err(DialectError::from)
 }
 
 /// A request that is not done, or not known to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Refusal {
+struct DialectError {
     status: StatusCode,
     error: String,
     retry_after_s: Option<u64>,
 }
 
-impl Refusal {
+impl DialectError {
     fn new(status: StatusCode, error: impl Into<String>) -> Self {
         Self {
             status,
@@ -188,7 +188,7 @@ impl Refusal {
     }
 }
 
-impl From<Problem> for Refusal {
+impl From<Problem> for DialectError {
     fn from(problem: Problem) -> Self {
         Self {
             status: problem.status(),
@@ -198,7 +198,7 @@ impl From<Problem> for Refusal {
     }
 }
 
-impl From<Failure> for Refusal {
+impl From<Failure> for DialectError {
     /// That nobody can do it, that it is too much now and that the outcome is not known are all one
     /// to these dialects.
     fn from(failure: Failure) -> Self {
@@ -222,8 +222,8 @@ impl From<Failure> for Refusal {
 
 /// 405, with what the path allows.
 fn method_not_allowed(parts: &Parts, allowed: &'static str) -> Response {
-    let mut response =
-        Refusal::new(Code::MethodNotAllowed.status(), "Method not allowed").respond(&parts.method);
+    let mut response = DialectError::new(Code::MethodNotAllowed.status(), "Method not allowed")
+        .respond(&parts.method);
     response
         .headers_mut()
         .insert(header::ALLOW, HeaderValue::from_static(allowed));
@@ -232,7 +232,7 @@ fn method_not_allowed(parts: &Parts, allowed: &'static str) -> Response {
 
 /// What a dialect makes of a stored value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shown<'a> {
+enum DisplayValue<'a> {
     Text(&'a str),
     /// One JSON text.
     Json(&'a str),
@@ -240,13 +240,13 @@ enum Shown<'a> {
     Bytes(&'a [u8]),
 }
 
-impl<'a> Shown<'a> {
+impl<'a> DisplayValue<'a> {
     fn new(media: &Media, value: &'a [u8]) -> Self {
         match (std::str::from_utf8(value), media) {
-            (Err(_), _) => Shown::Bytes(value),
-            (Ok(json), Media::Json) => Shown::Json(json),
-            (Ok(json), Media::Other(name)) if is_json(name, value) => Shown::Json(json),
-            (Ok(text), Media::Text | Media::Octets | Media::Other(_)) => Shown::Text(text),
+            (Err(_), _) => DisplayValue::Bytes(value),
+            (Ok(json), Media::Json) => DisplayValue::Json(json),
+            (Ok(json), Media::Other(name)) if is_json(name, value) => DisplayValue::Json(json),
+            (Ok(text), Media::Text | Media::Octets | Media::Other(_)) => DisplayValue::Text(text),
         }
     }
 }
@@ -258,9 +258,9 @@ fn is_json(name: &str, value: &[u8]) -> bool {
 
 /// A JSON string, without a copy where it has no escapes.
 #[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+struct JsonText<'a>(#[serde(borrow)] Cow<'a, str>);
 
-impl Text<'_> {
+impl JsonText<'_> {
     /// As a part of `body`, which it was read from, or in an allocation of its own.
     fn into_bytes(self, body: &Bytes) -> Bytes {
         match self.0 {

@@ -13,18 +13,18 @@ use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use http::StatusCode;
 
-use super::list::Kept;
-use super::{JSON, Refusal, answer, options};
+use super::list::BudgetedVec;
+use super::{DialectError, JSON, answer, options};
 use crate::budget::{Budget, UNCHARGED_BYTES_MAX};
 use crate::client::store::{Failure, GetManyRequest, Item, ScanRange, ScanRequest, Store};
-use crate::http::charged::{AlreadyCharged, charge_piece};
+use crate::http::charged::{AlreadyCharged, charge_chunk};
 use crate::sm::kv::Record;
 use crate::telemetry::rarely;
 
 /// An answer up to this size is held back.
-const HELD_BACK_BYTES: usize = 8 << 20;
+const BUFFERED_BYTES_MAX: usize = 8 << 20;
 /// About how large a piece is; one value may be larger.
-pub const PIECE_BYTES: usize = 64 << 10;
+pub const CHUNK_BYTES: usize = 64 << 10;
 /// Keys and values that are read at once.
 const READ_BYTES: usize = 4 << 20;
 const READ_KEYS_MAX: usize = 10_000;
@@ -33,51 +33,54 @@ const READ_KEYS_MIN: usize = 16;
 const PAGE_ITEMS: usize = 2000;
 
 /// A JSON text in pieces.
-pub trait Pieces: Send + 'static {
+pub trait JsonChunks: Send + 'static {
     /// The next piece; none: that was all.
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, Failure>>;
 }
 
 /// Answers 200 with the text, of which every piece is charged to `answers` until it is sent.
-pub async fn respond(answers: &Arc<Budget>, pieces: impl Pieces) -> Result<Response, Refusal> {
-    let begun = (pieces, Arc::clone(answers));
-    let mut rest = futures::stream::try_unfold(begun, |(mut pieces, answers)| async move {
-        let Some(piece) = pieces.next().await? else {
+pub async fn respond(
+    answers: &Arc<Budget>,
+    chunks: impl JsonChunks,
+) -> Result<Response, DialectError> {
+    let initial = (chunks, Arc::clone(answers));
+    let mut rest = futures::stream::try_unfold(initial, |(mut chunks, answers)| async move {
+        let Some(chunk) = chunks.next().await? else {
             return Ok::<_, Failure>(None);
         };
-        let piece = charge_piece(piece, &answers)?;
-        Ok(Some((piece, (pieces, answers))))
+        let chunk = charge_chunk(chunk, &answers)?;
+        Ok(Some((chunk, (chunks, answers))))
     })
     .boxed();
-    let (mut held_back, mut bytes) = (Vec::new(), 0);
-    while let Some(piece) = rest.try_next().await? {
-        bytes += piece.len();
-        held_back.push(piece);
-        if bytes > HELD_BACK_BYTES {
+    let (mut buffered, mut bytes) = (Vec::new(), 0);
+    while let Some(chunk) = rest.try_next().await? {
+        bytes += chunk.len();
+        buffered.push(chunk);
+        if bytes > BUFFERED_BYTES_MAX {
             let rest =
                 rest.inspect_err(|failure| rarely!(warn, %failure, "a long answer is broken off"));
-            let whole = futures::stream::iter(held_back).map(Ok).chain(rest);
+            let whole = futures::stream::iter(buffered).map(Ok).chain(rest);
             return Ok(answer(StatusCode::OK, JSON, Body::from_stream(whole)));
         }
     }
-    let mut response = answer(StatusCode::OK, JSON, join(held_back, answers)?);
+    let mut response = answer(StatusCode::OK, JSON, join(buffered, answers)?);
     response.extensions_mut().insert(AlreadyCharged);
     Ok(response)
 }
 
 /// Joins charged pieces. They go when they are joined; while there is both, both is charged.
-fn join(mut pieces: Vec<Bytes>, answers: &Arc<Budget>) -> Result<Bytes, Failure> {
-    if pieces.len() == 1 {
-        return Ok(pieces.swap_remove(0));
+fn join(mut chunks: Vec<Bytes>, answers: &Arc<Budget>) -> Result<Bytes, Failure> {
+    if chunks.len() == 1 {
+        return Ok(chunks.swap_remove(0));
     }
-    let bytes: usize = pieces.iter().map(Bytes::len).sum();
+    let bytes: usize = chunks.iter().map(Bytes::len).sum();
     if bytes <= UNCHARGED_BYTES_MAX {
-        return Ok(Bytes::from(pieces.concat()));
+        return Ok(Bytes::from(chunks.concat()));
     }
     let share = answers
         .take(bytes)
         .ok_or_else(|| Failure::no_room(answers))?;
-    Ok(share.hold(Bytes::from(pieces.concat())))
+    Ok(share.hold(Bytes::from(chunks.concat())))
 }
 
 /// Puts a string into a JSON text.
@@ -86,9 +89,9 @@ pub fn push_text(json: &mut Vec<u8>, text: &str) {
 }
 
 /// Looks keys up in their order, many at a time.
-pub struct Lookup {
+pub struct KeyLookup {
     store: Arc<dyn Store>,
-    keys: Kept<Bytes>,
+    keys: BudgetedVec<Bytes>,
     keys_only: bool,
     /// How many are asked for next: fewer where values are large.
     window: usize,
@@ -96,9 +99,9 @@ pub struct Lookup {
     next: usize,
 }
 
-impl Lookup {
+impl KeyLookup {
     /// An empty key stands for one that can't exist.
-    pub fn new(store: Arc<dyn Store>, keys: Kept<Bytes>, keys_only: bool) -> Self {
+    pub fn new(store: Arc<dyn Store>, keys: BudgetedVec<Bytes>, keys_only: bool) -> Self {
         Self {
             store,
             keys,
@@ -109,33 +112,33 @@ impl Lookup {
         }
     }
 
-    pub fn key(&self, place: usize) -> &Bytes {
-        &self.keys[place]
+    pub fn key(&self, index: usize) -> &Bytes {
+        &self.keys[index]
     }
 
     /// The place of the next key, and what is stored under it.
     pub async fn next(&mut self) -> Result<Option<(usize, Option<Record>)>, Failure> {
-        let place = self.next;
-        let Some(key) = self.keys.get(place) else {
+        let index = self.next;
+        let Some(key) = self.keys.get(index) else {
             return Ok(None);
         };
         self.next += 1;
         if key.is_empty() {
-            return Ok(Some((place, None)));
+            return Ok(Some((index, None)));
         }
         if self.read.len() == 0 {
-            self.read_from(place).await?;
+            self.read_from(index).await?;
         }
         let unanswered = || Failure::Unknown {
             reason: "the store gave no answer".to_owned(),
         };
         let record = self.read.next().ok_or_else(unanswered)?;
-        Ok(Some((place, record)))
+        Ok(Some((index, record)))
     }
 
-    async fn read_from(&mut self, place: usize) -> Result<(), Failure> {
+    async fn read_from(&mut self, index: usize) -> Result<(), Failure> {
         let (mut bytes, mut count) = (0, 0);
-        let wanted = self.keys[place..].iter().filter(|key| !key.is_empty());
+        let wanted = self.keys[index..].iter().filter(|key| !key.is_empty());
         let keys: Vec<Bytes> = wanted
             .take(self.window)
             .take_while(|key| {
@@ -145,14 +148,14 @@ impl Lookup {
             })
             .cloned()
             .collect();
-        let asked = keys.len();
+        let requested = keys.len();
         let request = GetManyRequest {
             keys,
             bytes_max: READ_BYTES,
             keys_only: self.keys_only,
         };
         let records = self.store.get_many(request, options()).await?;
-        self.window = if records.len() < asked {
+        self.window = if records.len() < requested {
             2 * records.len()
         } else {
             2 * self.window
@@ -164,14 +167,14 @@ impl Lookup {
 }
 
 /// Everything that is stored, in key order.
-pub struct Everything {
+pub struct FullScan {
     store: Arc<dyn Store>,
     page: std::vec::IntoIter<Item>,
     /// Where the next page begins; none: that was the last.
     start: Option<Bytes>,
 }
 
-impl Everything {
+impl FullScan {
     pub fn new(store: Arc<dyn Store>) -> Self {
         Self {
             store,

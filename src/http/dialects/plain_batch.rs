@@ -28,10 +28,10 @@ use futures::future::BoxFuture;
 use http::StatusCode;
 use serde_json::value::RawValue;
 
-use super::batch::{self, Kind, Pair};
-use super::list::{self, Kept, KeyValue, Object};
-use super::pieces::{self, Lookup, PIECE_BYTES, Pieces, push_text};
-use super::{Refusal, Shown, TEXT, Text, answer, read_body};
+use super::batch::{self, Pair, PairEncoding};
+use super::list::{self, BudgetedVec, KeyValue, PairObject};
+use super::pieces::{self, CHUNK_BYTES, JsonChunks, KeyLookup, push_text};
+use super::{DialectError, DisplayValue, JsonText, TEXT, answer, read_body};
 use crate::client::store::Failure;
 use crate::http::body::BodyBytes;
 use crate::http::metrics::Dialect;
@@ -42,26 +42,26 @@ use crate::types::KEY_BYTES_MAX;
 const STORED: &str = "Success to set key";
 
 /// `POST /set`
-pub async fn set(app: &App, body: BodyBytes) -> Result<Response, Refusal> {
+pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
     let limits = app.limits.clone();
     let (pairs, _body) = list::apart(body.len(), move || {
         read_pairs(&body, &limits).map(|pairs| (pairs, body))
     })
     .await?;
-    let written = batch::write(&*app.store, &pairs).await;
-    match written.failure {
+    let outcome = batch::write(&*app.store, &pairs).await;
+    match outcome.failure {
         // A 4xx says that nothing is stored: not of pairs of which others are.
-        Some(failure) if failure.status.is_client_error() && written.failed.len() < pairs.len() => {
-            Err(Refusal::partly_stored())
+        Some(failure) if failure.status.is_client_error() && outcome.failed.len() < pairs.len() => {
+            Err(DialectError::partly_stored())
         }
         Some(failure) => Err(failure),
-        None => Ok(answer(StatusCode::OK, TEXT, STORED.repeat(written.shards))),
+        None => Ok(answer(StatusCode::OK, TEXT, STORED.repeat(outcome.shards))),
     }
 }
 
-fn read_pairs(body: &BodyBytes, limits: &Limits) -> Result<Kept<Pair>, Refusal> {
-    let mut pairs = Kept::new(body);
-    list::read(body, |pair: Object<'_, KeyValue>| {
+fn read_pairs(body: &BodyBytes, limits: &Limits) -> Result<BudgetedVec<Pair>, DialectError> {
+    let mut pairs = BudgetedVec::new(body);
+    list::read(body, |pair: PairObject<'_, KeyValue>| {
         let key = read_key(&pair, &body.bytes)?;
         let value = match pair.second {
             Some(value) if value.get().starts_with('"') => read_text(value, &body.bytes)?,
@@ -69,13 +69,13 @@ fn read_pairs(body: &BodyBytes, limits: &Limits) -> Result<Kept<Pair>, Refusal> 
         };
         if value.len() > limits.value_bytes_max {
             let error = format!("a value is at most {} bytes", limits.value_bytes_max);
-            return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
+            return Err(DialectError::new(StatusCode::PAYLOAD_TOO_LARGE, error));
         }
         pairs.push(
             Pair {
                 key,
                 value,
-                kind: Kind::Text,
+                encoding: PairEncoding::Text,
             },
             limits,
         )
@@ -83,22 +83,23 @@ fn read_pairs(body: &BodyBytes, limits: &Limits) -> Result<Kept<Pair>, Refusal> 
     Ok(pairs)
 }
 
-fn read_key(pair: &Object<'_, KeyValue>, body: &Bytes) -> Result<Bytes, Refusal> {
+fn read_key(pair: &PairObject<'_, KeyValue>, body: &Bytes) -> Result<Bytes, DialectError> {
     let key = match pair.first {
         Some(key) if key.get().starts_with('"') => read_text(key, body)?,
         Some(_) | None => Bytes::new(),
     };
     if !(1..=KEY_BYTES_MAX).contains(&key.len()) {
-        return Err(Refusal::bad_request(format!(
+        return Err(DialectError::bad_request(format!(
             "a key is a string of 1 to {KEY_BYTES_MAX} bytes"
         )));
     }
     Ok(key)
 }
 
-fn read_text(json: &RawValue, body: &Bytes) -> Result<Bytes, Refusal> {
-    let bad = |error: serde_json::Error| Refusal::bad_request(format!("Bad json format: {error}"));
-    serde_json::from_str::<Text<'_>>(json.get())
+fn read_text(json: &RawValue, body: &Bytes) -> Result<Bytes, DialectError> {
+    let bad =
+        |error: serde_json::Error| DialectError::bad_request(format!("Bad json format: {error}"));
+    serde_json::from_str::<JsonText<'_>>(json.get())
         .map(|text| text.into_bytes(body))
         .map_err(bad)
 }
@@ -108,17 +109,17 @@ pub async fn get(State(app): State<SharedApp>, request: Request) -> Response {
     let mut timer = app.start_timer(Dialect::PlainBatch, &request);
     timer.mark_read_only();
     let (parts, body) = request.into_parts();
-    let found = async {
+    let answer_body = async {
         let body = read_body(&app, &parts, body).await?;
         let limits = app.limits.clone();
         let (keys, body) = list::apart(body.len(), move || {
             read_keys(&body, &limits).map(|keys| (keys, body))
         })
         .await?;
-        let lookup = Lookup::new(Arc::clone(&app.store), keys, false);
+        let lookup = KeyLookup::new(Arc::clone(&app.store), keys, false);
         pieces::respond(
             &app.answers,
-            Found {
+            PlainGetChunks {
                 lookup,
                 missing: Vec::new(),
                 stage: Stage::Existing { count: 0 },
@@ -128,23 +129,23 @@ pub async fn get(State(app): State<SharedApp>, request: Request) -> Response {
         .await
     };
     timer.finish(
-        found
+        answer_body
             .await
             .unwrap_or_else(|refusal| refusal.respond(&parts.method)),
     )
 }
 
-fn read_keys(body: &BodyBytes, limits: &Limits) -> Result<Kept<Bytes>, Refusal> {
-    let mut keys = Kept::new(body);
-    list::read(body, |pair: Object<'_, KeyValue>| {
+fn read_keys(body: &BodyBytes, limits: &Limits) -> Result<BudgetedVec<Bytes>, DialectError> {
+    let mut keys = BudgetedVec::new(body);
+    list::read(body, |pair: PairObject<'_, KeyValue>| {
         keys.push(read_key(&pair, &body.bytes)?, limits)
     })?;
     Ok(keys)
 }
 
 /// The answer to a request for keys: those that exist, and then the others.
-struct Found {
-    lookup: Lookup,
+struct PlainGetChunks {
+    lookup: KeyLookup,
     /// The places of keys that don't exist.
     missing: Vec<usize>,
     stage: Stage,
@@ -165,11 +166,11 @@ enum Stage {
     Done,
 }
 
-impl Pieces for Found {
+impl JsonChunks for PlainGetChunks {
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, Failure>> {
         Box::pin(async move {
             let mut json = Vec::new();
-            while json.len() < PIECE_BYTES {
+            while json.len() < CHUNK_BYTES {
                 self.stage = match self.stage {
                     Stage::Existing { count } => self.push_existing(&mut json, count).await?,
                     Stage::Missing { at } => self.push_missing(&mut json, at),
@@ -181,20 +182,20 @@ impl Pieces for Found {
     }
 }
 
-impl Found {
+impl PlainGetChunks {
     async fn push_existing(&mut self, json: &mut Vec<u8>, count: usize) -> Result<Stage, Failure> {
         match self.lookup.next().await? {
-            Some((place, Some(record))) => {
+            Some((index, Some(record))) => {
                 json.extend_from_slice(if count == 0 {
                     br#"{"existedKey":["#
                 } else {
                     b","
                 });
-                push_pair(json, self.lookup.key(place), &shown(&record));
+                push_pair(json, self.lookup.key(index), &shown(&record));
                 Ok(Stage::Existing { count: count + 1 })
             }
-            Some((place, None)) => {
-                self.missing.push(place);
+            Some((index, None)) => {
+                self.missing.push(index);
                 Ok(Stage::Existing { count })
             }
             None => {
@@ -210,13 +211,13 @@ impl Found {
 
     fn push_missing(&self, json: &mut Vec<u8>, at: usize) -> Stage {
         match self.missing.get(at) {
-            Some(place) => {
+            Some(index) => {
                 json.extend_from_slice(if at == 0 {
                     br#","notExistedKey":["#
                 } else {
                     b","
                 });
-                push_pair(json, self.lookup.key(*place), "");
+                push_pair(json, self.lookup.key(*index), "");
                 Stage::Missing { at: at + 1 }
             }
             None => {
@@ -236,9 +237,9 @@ fn push_pair(json: &mut Vec<u8>, key: &[u8], value: &str) {
 }
 
 fn shown(record: &Record) -> Cow<'_, str> {
-    match Shown::new(&record.media, &record.value) {
-        Shown::Text(text) | Shown::Json(text) => Cow::Borrowed(text),
-        Shown::Bytes(bytes) => Cow::Owned(STANDARD.encode(bytes)),
+    match DisplayValue::new(&record.media, &record.value) {
+        DisplayValue::Text(text) | DisplayValue::Json(text) => Cow::Borrowed(text),
+        DisplayValue::Bytes(bytes) => Cow::Owned(STANDARD.encode(bytes)),
     }
 }
 

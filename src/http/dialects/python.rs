@@ -119,14 +119,14 @@ enum Frame {
         is_first: bool,
     },
     Object {
-        members: std::vec::IntoIter<Member>,
+        members: std::vec::IntoIter<ObjectMember>,
         is_first: bool,
     },
 }
 
 /// A name and the value that counts, by their tokens.
 #[derive(Debug, Clone, Copy)]
-struct Member {
+struct ObjectMember {
     name: usize,
     value: usize,
 }
@@ -218,9 +218,9 @@ impl Printer<'_> {
 
     /// The members of the object at `index`: of those with one name the last value, at the place of
     /// the first.
-    fn members(&self, index: usize, end: usize) -> Vec<Member> {
+    fn members(&self, index: usize, end: usize) -> Vec<ObjectMember> {
         let mut places: HashMap<Vec<u32>, usize> = HashMap::new();
-        let mut members: Vec<Member> = Vec::new();
+        let mut members: Vec<ObjectMember> = Vec::new();
         let mut name = index + 1;
         while name + 1 < end {
             let value = name + 1;
@@ -229,7 +229,7 @@ impl Printer<'_> {
                 Some(place) => members[*place].value = value,
                 None => {
                     places.insert(spelt, members.len());
-                    members.push(Member { name, value });
+                    members.push(ObjectMember { name, value });
                 }
             }
             name = self.tape[value].next;

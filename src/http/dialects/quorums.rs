@@ -15,35 +15,35 @@ use crate::types::GroupId;
 
 /// How long one wait in vain makes others impatient. Each renews it; a store that nobody asks for
 /// so long may be back.
-const REMEMBERED_FOR: Duration = Duration::from_secs(10);
+const TIMEOUT_TTL: Duration = Duration::from_secs(10);
 
 /// When a request last waited in vain for the quorum of a shard.
 #[derive(Debug, Default)]
-pub struct SilentQuorums {
-    waited: Mutex<BTreeMap<GroupId, Instant>>,
+pub struct QuorumTimeouts {
+    timed_out_at: Mutex<BTreeMap<GroupId, Instant>>,
 }
 
-impl SilentQuorums {
+impl QuorumTimeouts {
     /// Whether somebody has just waited in vain, and nobody has heard from it since.
-    pub fn is_silent(&self, shard: GroupId) -> bool {
+    pub fn timed_out_recently(&self, shard: GroupId) -> bool {
         self.lock()
             .get(&shard)
-            .is_some_and(|waited| waited.elapsed() < REMEMBERED_FOR)
+            .is_some_and(|timed_out_at| timed_out_at.elapsed() < TIMEOUT_TTL)
     }
 
-    pub fn waited_in_vain(&self, shard: GroupId) {
-        let mut waited = self.lock();
+    pub fn record_timeout(&self, shard: GroupId) {
+        let mut timed_out_at = self.lock();
         // Shards come and go: what is over is not kept.
-        waited.retain(|_, at| at.elapsed() < REMEMBERED_FOR);
-        waited.insert(shard, Instant::now());
+        timed_out_at.retain(|_, at| at.elapsed() < TIMEOUT_TTL);
+        timed_out_at.insert(shard, Instant::now());
     }
 
-    pub fn answered(&self, shard: GroupId) {
+    pub fn record_answer(&self, shard: GroupId) {
         self.lock().remove(&shard);
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<GroupId, Instant>> {
-        self.waited.lock()
+        self.timed_out_at.lock()
     }
 }
 
@@ -53,27 +53,27 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn silence_is_remembered_for_a_while_and_until_it_ends() {
-        let quorums = SilentQuorums::default();
+        let quorums = QuorumTimeouts::default();
         let (one, two) = (GroupId(1), GroupId(2));
-        assert!(!quorums.is_silent(one));
-        quorums.waited_in_vain(one);
+        assert!(!quorums.timed_out_recently(one));
+        quorums.record_timeout(one);
         assert_eq!(
-            [one, two].map(|shard| quorums.is_silent(shard)),
+            [one, two].map(|shard| quorums.timed_out_recently(shard)),
             [true, false]
         );
-        tokio::time::advance(REMEMBERED_FOR / 2).await;
-        quorums.waited_in_vain(one);
-        quorums.waited_in_vain(two);
-        tokio::time::advance(REMEMBERED_FOR / 2).await;
-        assert!(quorums.is_silent(one), "it was renewed");
-        quorums.answered(two);
+        tokio::time::advance(TIMEOUT_TTL / 2).await;
+        quorums.record_timeout(one);
+        quorums.record_timeout(two);
+        tokio::time::advance(TIMEOUT_TTL / 2).await;
+        assert!(quorums.timed_out_recently(one), "it was renewed");
+        quorums.record_answer(two);
         assert_eq!(
-            [one, two].map(|shard| quorums.is_silent(shard)),
+            [one, two].map(|shard| quorums.timed_out_recently(shard)),
             [true, false]
         );
-        tokio::time::advance(REMEMBERED_FOR).await;
-        assert!(!quorums.is_silent(one));
-        quorums.waited_in_vain(two);
+        tokio::time::advance(TIMEOUT_TTL).await;
+        assert!(!quorums.timed_out_recently(one));
+        quorums.record_timeout(two);
         assert_eq!(quorums.lock().len(), 1, "what is over is not kept");
     }
 }

@@ -8,7 +8,7 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use http::Method;
 
-use super::list::{self, KeyValue, Object};
+use super::list::{self, KeyValue, PairObject};
 use super::{encoded_batch, plain_batch, read_body};
 use crate::http::metrics::Dialect;
 use crate::http::{SharedApp, aside};
@@ -31,7 +31,7 @@ pub async fn set(State(app): State<SharedApp>, request: Request) -> Response {
 
 /// Looks at the first element alone.
 fn dialect(body: &[u8], method: &Method) -> Dialect {
-    let first: Option<Object<'_, KeyValue>> = list::first(body);
+    let first: Option<PairObject<'_, KeyValue>> = list::first(body);
     match first
         .and_then(|pair| pair.first)
         .map(|key| key.get().as_bytes())

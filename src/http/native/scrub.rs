@@ -11,48 +11,48 @@ use super::json;
 use super::query::Query;
 use crate::client::protocol::ScrubStatus;
 use crate::client::store::Failure;
-use crate::http::body::{self, Ceiling};
+use crate::http::body::{self, BodyLimit};
 use crate::http::metrics::Dialect;
 use crate::http::peer::PeerService;
 use crate::http::problem::{Code, Problem};
-use crate::http::{App, Shared};
+use crate::http::{App, SharedApp};
 
 /// Nothing is said in it.
-const NO_BODY: Ceiling = Ceiling {
+const NO_BODY: BodyLimit = BodyLimit {
     bytes_max: 1 << 10,
     what: "the body of this request",
 };
 
 /// Tells how the last scrub gets on.
-pub async fn scrub_status(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Native, &request);
-    let answer = match asked(&app, &request, |node| node.scrub_status()) {
+pub async fn scrub_status(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::Native, &request);
+    let answer = match query_node(&app, &request, |node| node.scrub_status()) {
         Ok(status) => json(StatusCode::OK, &status),
         Err(problem) => problem.into_response(),
     };
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
 /// Has a scrub begin, and tells how it gets on: 202. Where one runs already, it is that one.
-pub async fn begin_scrub(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Native, &request);
+pub async fn begin_scrub(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
     let answer = async {
         body::read(&parts, body, NO_BODY, &app.limits, &app.bodies).await?;
         let request = Request::from_parts(parts, axum::body::Body::empty());
-        asked(&app, &request, |node| node.begin_scrub())
+        query_node(&app, &request, |node| node.begin_scrub())
     };
     let answer = match answer.await {
         Ok(status) => {
-            watch.log_change(&format_args!("scrub {} of this node", status.number));
+            timer.log_change(&format_args!("scrub {} of this node", status.number));
             json(StatusCode::ACCEPTED, &status)
         }
         Err(problem) => problem.into_response(),
     };
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
-fn asked(
+fn query_node(
     app: &App,
     request: &Request,
     ask: impl FnOnce(&dyn PeerService) -> Result<ScrubStatus, Failure>,

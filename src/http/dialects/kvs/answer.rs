@@ -5,13 +5,13 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::super::{Refusal, json};
+use super::super::{DialectError, json};
 use crate::types::Address;
 
 /// What an answer says, without what may be added to any.
 #[derive(Debug, Clone, Serialize)]
 #[serde(untagged, rename_all_fields = "kebab-case")]
-pub enum Content {
+pub enum ResponseContent {
     Stored {
         message: &'static str,
         replaced: bool,
@@ -81,9 +81,9 @@ pub struct ShardJson {
 
 /// An answer on its way to a client.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub struct KvsResponse {
     status: StatusCode,
-    content: Content,
+    content: ResponseContent,
     /// Whom to ask about the key.
     address: Option<Address>,
     pub causal_context: Option<Box<RawValue>>,
@@ -94,15 +94,15 @@ pub struct Answer {
 #[derive(Serialize)]
 struct AnswerJson<'a> {
     #[serde(flatten)]
-    content: &'a Content,
+    content: &'a ResponseContent,
     #[serde(skip_serializing_if = "Option::is_none")]
     address: Option<&'a Address>,
     #[serde(rename = "causal-context", skip_serializing_if = "Option::is_none")]
     causal_context: Option<&'a RawValue>,
 }
 
-impl Answer {
-    pub fn new(status: StatusCode, content: Content) -> Self {
+impl KvsResponse {
+    pub fn new(status: StatusCode, content: ResponseContent) -> Self {
         Self {
             status,
             content,
@@ -117,14 +117,14 @@ impl Answer {
     pub fn failed(status: StatusCode, error: impl Into<String>, method: &Method) -> Self {
         Self::new(
             status,
-            Content::Failed {
+            ResponseContent::Failed {
                 error: error.into(),
                 message: error_in(method),
             },
         )
     }
 
-    pub fn refused(refusal: Refusal, method: &Method) -> Self {
+    pub fn refused(refusal: DialectError, method: &Method) -> Self {
         let retry_after_s = refusal.retry_after_s;
         Self {
             retry_after_s,
@@ -140,7 +140,7 @@ impl Answer {
     }
 
     pub fn missing(method: &Method) -> Self {
-        let content = Content::Missing {
+        let content = ResponseContent::Missing {
             does_exist: false,
             error: "Key does not exist",
             message: error_in(method),

@@ -8,11 +8,11 @@ use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::super::Text;
+use super::super::JsonText;
 
 /// A body.
 #[derive(Debug, Clone, Copy)]
-pub enum Said<'a> {
+pub enum KvsBody<'a> {
     Object(Fields<'a>),
     /// JSON that is no object.
     Other,
@@ -29,21 +29,21 @@ pub struct Fields<'a> {
     pub causal_context: Option<&'a RawValue>,
 }
 
-impl<'a> Said<'a> {
+impl<'a> KvsBody<'a> {
     pub fn read(body: &'a [u8]) -> Self {
         let text = std::str::from_utf8(body).ok();
         match text.and_then(|text| serde_json::from_str::<&RawValue>(text).ok()) {
-            None => Said::Nothing,
+            None => KvsBody::Nothing,
             Some(json) if json.get().starts_with('{') => {
-                serde_json::from_str(json.get()).map_or(Said::Nothing, Said::Object)
+                serde_json::from_str(json.get()).map_or(KvsBody::Nothing, KvsBody::Object)
             }
-            Some(_) => Said::Other,
+            Some(_) => KvsBody::Other,
         }
     }
 
     /// What the answer returns of the causal context; none: the request carries none.
     pub fn causal_context(&self) -> Option<Box<RawValue>> {
-        let Said::Object(Fields {
+        let KvsBody::Object(Fields {
             causal_context: Some(given),
             ..
         }) = self
@@ -61,13 +61,13 @@ impl<'a> Said<'a> {
 
 impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(OfFields)
+        deserializer.deserialize_map(FieldsVisitor)
     }
 }
 
-struct OfFields;
+struct FieldsVisitor;
 
-impl<'de> Visitor<'de> for OfFields {
+impl<'de> Visitor<'de> for FieldsVisitor {
     type Value = Fields<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -76,7 +76,7 @@ impl<'de> Visitor<'de> for OfFields {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
         let mut fields = Fields::default();
-        while let Some(Text(name)) = map.next_key()? {
+        while let Some(JsonText(name)) = map.next_key()? {
             let field = match &*name {
                 "value" => &mut fields.value,
                 "view" => &mut fields.view,

@@ -26,9 +26,9 @@ use http::{Method, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::super::{Refusal, Shown, Text, options};
-use super::answer::{Answer, Content};
-use super::body::{Fields, Said};
+use super::super::{DialectError, DisplayValue, JsonText, options};
+use super::answer::{KvsResponse, ResponseContent};
+use super::body::{Fields, KvsBody};
 use super::refusal;
 use crate::client::store::WriteFailure;
 use crate::http::{App, aside};
@@ -48,10 +48,10 @@ pub async fn answer(
     app: &App,
     method: &Method,
     key: Bytes,
-    said: &Said<'_>,
-) -> Result<Answer, Refusal> {
+    request_body: &KvsBody<'_>,
+) -> Result<KvsResponse, DialectError> {
     let answered = match *method {
-        Method::PUT => put(app, &key, said).await,
+        Method::PUT => put(app, &key, request_body).await,
         Method::DELETE => delete(app, &key).await,
         _ => get(app, method, &key).await,
     }?;
@@ -59,27 +59,37 @@ pub async fn answer(
     Ok(answered.at(address))
 }
 
-async fn get(app: &App, method: &Method, key: &Bytes) -> Result<Answer, Refusal> {
+async fn get(app: &App, method: &Method, key: &Bytes) -> Result<KvsResponse, DialectError> {
     if !can_exist(key) {
-        return Ok(Answer::missing(method));
+        return Ok(KvsResponse::missing(method));
     }
     match app.store.get(key.clone(), options()).await {
         Ok(found) => Ok(found.record.map_or_else(
-            || Answer::missing(method),
+            || KvsResponse::missing(method),
             |record| aside::work(record.value.len(), || retrieved(&record)),
         )),
         Err(failure) => Err(refusal(app, failure)),
     }
 }
 
-async fn put(app: &App, key: &Bytes, said: &Said<'_>) -> Result<Answer, Refusal> {
-    let refused = |error: &str| Ok(Answer::failed(StatusCode::BAD_REQUEST, error, &Method::PUT));
-    let value = match said {
-        Said::Nothing => return refused("Bad json format"),
-        Said::Other | Said::Object(Fields { value: None, .. }) => {
+async fn put(
+    app: &App,
+    key: &Bytes,
+    request_body: &KvsBody<'_>,
+) -> Result<KvsResponse, DialectError> {
+    let refused = |error: &str| {
+        Ok(KvsResponse::failed(
+            StatusCode::BAD_REQUEST,
+            error,
+            &Method::PUT,
+        ))
+    };
+    let value = match request_body {
+        KvsBody::Nothing => return refused("Bad json format"),
+        KvsBody::Other | KvsBody::Object(Fields { value: None, .. }) => {
             return refused("Value is missing");
         }
-        Said::Object(Fields {
+        KvsBody::Object(Fields {
             value: Some(value), ..
         }) => value,
     };
@@ -95,45 +105,47 @@ async fn put(app: &App, key: &Bytes, said: &Said<'_>) -> Result<Answer, Refusal>
     let (media, value) = aside::work(value.get().len(), || stored(value));
     if value.len() > app.limits.value_bytes_max {
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
-        return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
+        return Err(DialectError::new(StatusCode::PAYLOAD_TOO_LARGE, error));
     }
     match write(app, key, Action::Put { media, value }).await? {
-        OperationOutcome::Put { created: true, .. } => Ok(Answer::new(
+        OperationOutcome::Put { created: true, .. } => Ok(KvsResponse::new(
             StatusCode::CREATED,
-            Content::Stored {
+            ResponseContent::Stored {
                 message: "Added successfully",
                 replaced: false,
             },
         )),
-        OperationOutcome::Put { created: false, .. } => Ok(Answer::new(
+        OperationOutcome::Put { created: false, .. } => Ok(KvsResponse::new(
             StatusCode::OK,
-            Content::Stored {
+            ResponseContent::Stored {
                 message: "Updated successfully",
                 replaced: true,
             },
         )),
-        OperationOutcome::Got(_) | OperationOutcome::Deleted { .. } => Err(Refusal::unanswered()),
+        OperationOutcome::Got(_) | OperationOutcome::Deleted { .. } => {
+            Err(DialectError::unanswered())
+        }
     }
 }
 
-async fn delete(app: &App, key: &Bytes) -> Result<Answer, Refusal> {
+async fn delete(app: &App, key: &Bytes) -> Result<KvsResponse, DialectError> {
     if !can_exist(key) {
-        return Ok(Answer::missing(&Method::DELETE));
+        return Ok(KvsResponse::missing(&Method::DELETE));
     }
     match write(app, key, Action::Delete).await? {
-        OperationOutcome::Deleted { revision: Some(_) } => Ok(Answer::new(
+        OperationOutcome::Deleted { revision: Some(_) } => Ok(KvsResponse::new(
             StatusCode::OK,
-            Content::Deleted {
+            ResponseContent::Deleted {
                 does_exist: true,
                 message: "Deleted successfully",
             },
         )),
-        OperationOutcome::Deleted { revision: None } => Ok(Answer::missing(&Method::DELETE)),
-        OperationOutcome::Got(_) | OperationOutcome::Put { .. } => Err(Refusal::unanswered()),
+        OperationOutcome::Deleted { revision: None } => Ok(KvsResponse::missing(&Method::DELETE)),
+        OperationOutcome::Got(_) | OperationOutcome::Put { .. } => Err(DialectError::unanswered()),
     }
 }
 
-async fn write(app: &App, key: &Bytes, action: Action) -> Result<OperationOutcome, Refusal> {
+async fn write(app: &App, key: &Bytes, action: Action) -> Result<OperationOutcome, DialectError> {
     let operation = Operation {
         key: key.clone(),
         condition: Condition::None,
@@ -149,7 +161,7 @@ async fn write(app: &App, key: &Bytes, action: Action) -> Result<OperationOutcom
         Some(Err(WriteFailure::Failed(failure))) => Err(refusal(app, failure)),
         // Of the rejections only those are left that pass by themselves: there was no condition,
         // and no idempotency key.
-        Some(Err(WriteFailure::Rejected(_))) | None => Err(Refusal::unanswered()),
+        Some(Err(WriteFailure::Rejected(_))) | None => Err(DialectError::unanswered()),
     }
 }
 
@@ -161,22 +173,24 @@ fn can_exist(key: &[u8]) -> bool {
 /// as it was given.
 fn stored(value: &RawValue) -> (Media, Bytes) {
     let json = value.get();
-    match serde_json::from_str::<Text<'_>>(json) {
-        Ok(Text(text)) => (Media::Text, Bytes::from(text.into_owned())),
+    match serde_json::from_str::<JsonText<'_>>(json) {
+        Ok(JsonText(text)) => (Media::Text, Bytes::from(text.into_owned())),
         Err(_) => (Media::Json, Bytes::copy_from_slice(json.as_bytes())),
     }
 }
 
-fn retrieved(record: &Record) -> Answer {
-    let value = match Shown::new(&record.media, &record.value) {
-        Shown::Json(json) => RawValue::from_string(json.to_owned()).or_else(|_| to_raw_value(json)),
-        Shown::Text(text) => to_raw_value(text),
-        Shown::Bytes(bytes) => to_raw_value(&STANDARD.encode(bytes)),
+fn retrieved(record: &Record) -> KvsResponse {
+    let value = match DisplayValue::new(&record.media, &record.value) {
+        DisplayValue::Json(json) => {
+            RawValue::from_string(json.to_owned()).or_else(|_| to_raw_value(json))
+        }
+        DisplayValue::Text(text) => to_raw_value(text),
+        DisplayValue::Bytes(bytes) => to_raw_value(&STANDARD.encode(bytes)),
     };
     let value = value.expect("a string always serializes");
-    Answer::new(
+    KvsResponse::new(
         StatusCode::OK,
-        Content::Retrieved {
+        ResponseContent::Retrieved {
             does_exist: true,
             message: "Retrieved successfully",
             value,

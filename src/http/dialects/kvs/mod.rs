@@ -33,9 +33,9 @@ use axum::response::Response;
 use http::request::Parts;
 use http::{Method, StatusCode};
 
-use self::answer::{Answer, Content};
-use self::body::Said;
-use super::{Refusal, read_body};
+use self::answer::{KvsResponse, ResponseContent};
+use self::body::KvsBody;
+use super::{DialectError, read_body};
 use crate::client::store::Failure;
 use crate::http::charged::charge;
 use crate::http::metrics::{Dialect, RequestTimer};
@@ -92,12 +92,13 @@ pub async fn serve(app: &App, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let answer = match read_body(app, &parts, body).await {
         Ok(body) => {
-            let said = aside::work(body.len(), || Said::read(&body.bytes));
-            let answered = by_route(app, &parts, &said, &mut timer).await;
-            let answer = answered.unwrap_or_else(|refusal| Answer::refused(refusal, &parts.method));
-            answer.with_context(said.causal_context())
+            let request_body = aside::work(body.len(), || KvsBody::read(&body.bytes));
+            let answered = by_route(app, &parts, &request_body, &mut timer).await;
+            let answer =
+                answered.unwrap_or_else(|refusal| KvsResponse::refused(refusal, &parts.method));
+            answer.with_context(request_body.causal_context())
         }
-        Err(refusal) => Answer::refused(refusal, &parts.method),
+        Err(refusal) => KvsResponse::refused(refusal, &parts.method),
     };
     // With the context, which finish knows nothing of.
     let context = answer.causal_context.clone();
@@ -105,7 +106,7 @@ pub async fn serve(app: &App, request: Request) -> Response {
         charge(answer.respond(), &app.answers).unwrap_or_else(|unfit| match parts.method {
             Method::GET | Method::HEAD => {
                 let refusal = Failure::no_room(&app.answers).into();
-                Answer::refused(refusal, &parts.method)
+                KvsResponse::refused(refusal, &parts.method)
                     .with_context(context)
                     .respond()
             }
@@ -117,9 +118,9 @@ pub async fn serve(app: &App, request: Request) -> Response {
 async fn by_route(
     app: &App,
     parts: &Parts,
-    said: &Said<'_>,
+    request_body: &KvsBody<'_>,
     timer: &mut RequestTimer<'_>,
-) -> Result<Answer, Refusal> {
+) -> Result<KvsResponse, DialectError> {
     let method = &parts.method;
     let reads = matches!(*method, Method::GET | Method::HEAD);
     let route = Route::of(parts.uri.path());
@@ -127,27 +128,33 @@ async fn by_route(
         Some(Route::Key(escaped)) if reads || matches!(*method, Method::PUT | Method::DELETE) => {
             let key = keys::unescape(escaped);
             timer.key(&key);
-            keys::answer(app, method, key, said).await
+            keys::answer(app, method, key, request_body).await
         }
         Some(Route::KeyCount) if reads => shards::key_count(app).await,
         Some(Route::Shards) if reads => shards::all(app).await,
         Some(Route::Shard(id)) if reads => shards::one(app, id).await,
         Some(Route::ViewChange) if *method == Method::PUT => {
-            let changed = view_change::change(app, said, timer).await?;
-            Ok(Answer::new(StatusCode::OK, changed))
+            let changed = view_change::change(app, request_body, timer).await?;
+            Ok(KvsResponse::new(StatusCode::OK, changed))
         }
         Some(Route::ProxyViewChange) if *method == Method::PUT => {
-            view_change::change(app, said, timer).await?;
-            Ok(Answer::new(StatusCode::OK, Content::Nothing {}))
+            view_change::change(app, request_body, timer).await?;
+            Ok(KvsResponse::new(
+                StatusCode::OK,
+                ResponseContent::Nothing {},
+            ))
         }
-        Some(route) => Ok(Answer::not_allowed(method, route.allowed())),
-        None => Err(Refusal::new(StatusCode::NOT_FOUND, "There is nothing here")),
+        Some(route) => Ok(KvsResponse::not_allowed(method, route.allowed())),
+        None => Err(DialectError::new(
+            StatusCode::NOT_FOUND,
+            "There is nothing here",
+        )),
     }
 }
 
 /// As a refusal; of a spare, with what it waits for and whom it knows of.
-fn refusal(app: &App, failure: Failure) -> Refusal {
-    let mut refusal = Refusal::from(failure);
+fn refusal(app: &App, failure: Failure) -> DialectError {
+    let mut refusal = DialectError::from(failure);
     if refusal.status == StatusCode::SERVICE_UNAVAILABLE
         && let Err(unready) = app.readiness.ready()
         && unready.code == "spare"

@@ -16,8 +16,8 @@ use futures::future::try_join_all;
 use http::{Method, StatusCode};
 use tokio::time::timeout;
 
-use super::super::{PATIENCE, Refusal, options};
-use super::answer::{Answer, Content, ShardJson};
+use super::super::{ANSWER_TIMEOUT, DialectError, options};
+use super::answer::{KvsResponse, ResponseContent, ShardJson};
 use super::refusal;
 use crate::client::shard_map::{ShardMap, ShardPlace};
 use crate::client::store::Failure;
@@ -25,7 +25,7 @@ use crate::http::App;
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, NodeId};
 
-pub async fn key_count(app: &App) -> Result<Answer, Refusal> {
+pub async fn key_count(app: &App) -> Result<KvsResponse, DialectError> {
     let counted = in_time(app, async {
         let map = app.store.map(options()).await?;
         match (app.store.this_node(), map.layout) {
@@ -47,12 +47,12 @@ pub async fn key_count(app: &App) -> Result<Answer, Refusal> {
         }
     });
     let (key_count, shard_id) = counted.await?;
-    let content = Content::KeyCount {
+    let content = ResponseContent::KeyCount {
         message: "Key count retrieved successfully",
         key_count,
         shard_id,
     };
-    Ok(Answer::new(StatusCode::OK, content))
+    Ok(KvsResponse::new(StatusCode::OK, content))
 }
 
 async fn count_at_home(app: &App, map: &ShardMap, home: NodeId) -> Result<u64, Failure> {
@@ -62,19 +62,19 @@ async fn count_at_home(app: &App, map: &ShardMap, home: NodeId) -> Result<u64, F
     Ok(counts.into_iter().sum())
 }
 
-pub async fn all(app: &App) -> Result<Answer, Refusal> {
+pub async fn all(app: &App) -> Result<KvsResponse, DialectError> {
     let map = in_time(app, app.store.map(options())).await?;
     let shards = map.shards().map(|(shard, _)| id_of(shard)).collect();
-    Ok(Answer::new(
+    Ok(KvsResponse::new(
         StatusCode::OK,
-        Content::Shards {
+        ResponseContent::Shards {
             message: "Shard membership retrieved successfully",
             shards,
         },
     ))
 }
 
-pub async fn one(app: &App, id: &str) -> Result<Answer, Refusal> {
+pub async fn one(app: &App, id: &str) -> Result<KvsResponse, DialectError> {
     let found = in_time(app, async {
         let map: Arc<ShardMap> = app.store.map(options()).await?;
         let Some((shard, place)) = map.shards().find(|(shard, _)| id_of(*shard) == id) else {
@@ -88,10 +88,10 @@ pub async fn one(app: &App, id: &str) -> Result<Answer, Refusal> {
         }))
     });
     Ok(match found.await? {
-        None => Answer::failed(StatusCode::NOT_FOUND, "Shard does not exist", &Method::GET),
-        Some(shard) => Answer::new(
+        None => KvsResponse::failed(StatusCode::NOT_FOUND, "Shard does not exist", &Method::GET),
+        Some(shard) => KvsResponse::new(
             StatusCode::OK,
-            Content::Shard {
+            ResponseContent::Shard {
                 message: "Shard information retrieved successfully",
                 shard,
             },
@@ -116,15 +116,15 @@ pub fn addresses(map: &ShardMap, place: &ShardPlace) -> Vec<Address> {
 /// What is asked one after the other is answered, all in all, in the time of one answer.
 async fn in_time<T>(
     app: &App,
-    asked: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Refusal> {
+    requested: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, DialectError> {
     let late = |_| {
         Err(Failure::Unavailable {
             reason: "it took too long".to_owned(),
             retry_after_ms: 1000,
         })
     };
-    timeout(PATIENCE, asked)
+    timeout(ANSWER_TIMEOUT, requested)
         .await
         .unwrap_or_else(late)
         .map_err(|failure| refusal(app, failure))

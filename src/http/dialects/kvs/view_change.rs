@@ -20,9 +20,9 @@ use futures::future::try_join;
 use serde_json::value::RawValue;
 use tokio::time::{Instant, sleep};
 
-use super::super::{Refusal, options};
-use super::answer::{Content, PartJson, ShardJson};
-use super::body::{Fields, Said};
+use super::super::{DialectError, options};
+use super::answer::{PartJson, ResponseContent, ShardJson};
+use super::body::{Fields, KvsBody};
 use super::refusal;
 use super::shards::{addresses, id_of};
 use crate::client::protocol::ClusterStatus;
@@ -49,32 +49,32 @@ const ATTEMPTS_MAX: u32 = 10;
 /// Changes the view, waits for the end of it, and counts.
 pub async fn change(
     app: &App,
-    said: &Said<'_>,
+    request_body: &KvsBody<'_>,
     timer: &mut RequestTimer<'_>,
-) -> Result<Content, Refusal> {
-    let (nodes, change) = parse(said)?;
+) -> Result<ResponseContent, DialectError> {
+    let (nodes, change) = parse(request_body)?;
     let _permit = app
         .changes
         .acquire()
         .map_err(|failure| refusal(app, failure))?;
     timer.allow_wait(WAIT_MAX);
-    let mut changing = Changing::new(app, nodes);
-    let id = changing.accept(change).await?;
+    let mut run = ViewChangeRun::new(app, nodes);
+    let id = run.accept(change).await?;
     timer.log_change(&format_args!("the change of the view to plan {id}"));
-    let done = changing.follow(id).await?;
-    let shards = changing.count(done).await?;
-    Ok(Content::ViewChanged {
+    let done = run.follow(id).await?;
+    let shards = run.count(done).await?;
+    Ok(ResponseContent::ViewChanged {
         message: "View change successful",
         shards,
     })
 }
 
 /// The nodes, and the change to them.
-fn parse(said: &Said<'_>) -> Result<(Vec<Address>, ViewChange), Refusal> {
-    let fields = match said {
-        Said::Nothing => return Err(Refusal::bad_request("Bad json format")),
-        Said::Other => return Err(Refusal::bad_request("View is missing")),
-        Said::Object(fields) => fields,
+fn parse(request_body: &KvsBody<'_>) -> Result<(Vec<Address>, ViewChange), DialectError> {
+    let fields = match request_body {
+        KvsBody::Nothing => return Err(DialectError::bad_request("Bad json format")),
+        KvsBody::Other => return Err(DialectError::bad_request("View is missing")),
+        KvsBody::Object(fields) => fields,
     };
     let nodes = nodes(fields)?;
     let change = ViewChange {
@@ -93,32 +93,36 @@ fn parse(said: &Said<'_>) -> Result<(Vec<Address>, ViewChange), Refusal> {
     Ok((nodes, change))
 }
 
-fn nodes(fields: &Fields<'_>) -> Result<Vec<Address>, Refusal> {
+fn nodes(fields: &Fields<'_>) -> Result<Vec<Address>, DialectError> {
     let view = fields
         .view
-        .ok_or_else(|| Refusal::bad_request("View is missing"))?;
+        .ok_or_else(|| DialectError::bad_request("View is missing"))?;
     let unreadable =
-        |_| Refusal::bad_request("View is not a string of addresses separated by commas");
+        |_| DialectError::bad_request("View is not a string of addresses separated by commas");
     let view: String = serde_json::from_str(view.get()).map_err(unreadable)?;
     let mut nodes = Vec::new();
     let mut seen = BTreeSet::new();
     for text in view.split(',') {
         let address: Address = text
             .parse()
-            .map_err(|error| Refusal::bad_request(format!("View is malformed: {error}")))?;
+            .map_err(|error| DialectError::bad_request(format!("View is malformed: {error}")))?;
         if !seen.insert(address.clone()) {
-            return Err(Refusal::bad_request(format!("View names {address} twice")));
+            return Err(DialectError::bad_request(format!(
+                "View names {address} twice"
+            )));
         }
         nodes.push(address);
     }
     Ok(nodes)
 }
 
-fn repl_factor(given: &RawValue, nodes: usize) -> Result<u8, Refusal> {
+fn repl_factor(given: &RawValue, nodes: usize) -> Result<u8, DialectError> {
     let factor: Option<u8> = serde_json::from_str(given.get()).ok();
     match factor {
-        None | Some(0) => Err(Refusal::bad_request("Repl-factor is not a number of nodes")),
-        Some(factor) if usize::from(factor) > nodes => Err(Refusal::bad_request(format!(
+        None | Some(0) => Err(DialectError::bad_request(
+            "Repl-factor is not a number of nodes",
+        )),
+        Some(factor) if usize::from(factor) > nodes => Err(DialectError::bad_request(format!(
             "View has fewer nodes than the repl-factor of {factor}"
         ))),
         Some(factor) => Ok(factor),
@@ -126,7 +130,7 @@ fn repl_factor(given: &RawValue, nodes: usize) -> Result<u8, Refusal> {
 }
 
 /// A change on its way.
-struct Changing<'a> {
+struct ViewChangeRun<'a> {
     app: &'a App,
     /// In the order given.
     nodes: Vec<Address>,
@@ -135,7 +139,7 @@ struct Changing<'a> {
     deadline: Instant,
 }
 
-impl<'a> Changing<'a> {
+impl<'a> ViewChangeRun<'a> {
     fn new(app: &'a App, nodes: Vec<Address>) -> Self {
         let store = match app.store.this_node() {
             Some(_) => None,
@@ -151,7 +155,7 @@ impl<'a> Changing<'a> {
     }
 
     /// Turns to whoever can tell from here on how the change gets on.
-    fn turn(&mut self) {
+    fn ask_network(&mut self) {
         if let Some(cluster) = self.app.store.by_network(&self.nodes) {
             self.store = cluster;
         }
@@ -159,7 +163,7 @@ impl<'a> Changing<'a> {
 
     /// Has the change accepted, in a task of its own: a client that hangs up must not break it off
     /// halfway.
-    async fn accept(&self, change: ViewChange) -> Result<PlanEpoch, Refusal> {
+    async fn accept(&self, change: ViewChange) -> Result<PlanEpoch, DialectError> {
         let mut attempts = 0;
         loop {
             let (store, change) = (Arc::clone(&self.store), change.clone());
@@ -168,11 +172,13 @@ impl<'a> Changing<'a> {
             let failure = match accepting.await {
                 Ok(Ok(accepted)) => return Ok(accepted.id),
                 Ok(Err(failure)) => failure,
-                Err(_) => return Err(Refusal::unanswered()),
+                Err(_) => return Err(DialectError::unanswered()),
             };
             attempts += 1;
             match failure {
-                ViewChangeFailure::Refused { reason } => return Err(Refusal::bad_request(reason)),
+                ViewChangeFailure::Refused { reason } => {
+                    return Err(DialectError::bad_request(reason));
+                }
                 ViewChangeFailure::EpochChanged { .. } if attempts < ATTEMPTS_MAX => {}
                 ViewChangeFailure::EpochChanged { .. } => {
                     return Err(self.unavailable("the view changes again and again"));
@@ -184,8 +190,8 @@ impl<'a> Changing<'a> {
     }
 
     /// Waits until the change, or one that has taken over from it, is done. Which it was.
-    async fn follow(&mut self, mut id: PlanEpoch) -> Result<PlanEpoch, Refusal> {
-        self.turn();
+    async fn follow(&mut self, mut id: PlanEpoch) -> Result<PlanEpoch, DialectError> {
+        self.ask_network();
         let mut schedule = PollSchedule::new(self.deadline);
         while let Some(since) = schedule.next(self.app, self.store.as_ref(), id).await {
             match self.look(id, since).await {
@@ -196,7 +202,7 @@ impl<'a> Changing<'a> {
                 // It runs, or is not heard of here yet.
                 Ok(Some(_) | None) => {}
                 // An election, or this node is on its way out: that says nothing about the change.
-                Err(_) => self.turn(),
+                Err(_) => self.ask_network(),
             }
         }
         Err(self.unavailable("the change is not done yet"))
@@ -215,7 +221,7 @@ impl<'a> Changing<'a> {
     }
 
     /// What each part of the store has, once the change is done where this is asked too.
-    async fn count(&mut self, done: PlanEpoch) -> Result<Vec<PartJson>, Refusal> {
+    async fn count(&mut self, done: PlanEpoch) -> Result<Vec<PartJson>, DialectError> {
         let deadline = Instant::now() + COUNT_WAIT_MAX;
         let mut last = None;
         while Instant::now() < deadline && !self.is_stopping() {
@@ -228,7 +234,7 @@ impl<'a> Changing<'a> {
                     }
                 }
                 Err(failure) => {
-                    self.turn();
+                    self.ask_network();
                     last = Some(failure);
                 }
             }
@@ -248,9 +254,9 @@ impl<'a> Changing<'a> {
             .is_err_and(|unready| unready.code == "stopping")
     }
 
-    fn unavailable(&self, reason: &str) -> Refusal {
+    fn unavailable(&self, reason: &str) -> DialectError {
         tracing::info!("a change of the view was not seen through: {reason}");
-        Refusal::from(Failure::Unavailable {
+        DialectError::from(Failure::Unavailable {
             reason: reason.to_owned(),
             retry_after_ms: 1000,
         })
