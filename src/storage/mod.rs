@@ -6,8 +6,8 @@ pub mod background;
 pub mod directory;
 pub mod disk;
 pub mod log;
-#[cfg(any(test, feature = "testing"))]
 pub mod map;
+#[cfg(any(test, feature = "testing"))]
 pub mod mem_trees;
 mod pieces;
 pub mod sealed;
