@@ -16,9 +16,9 @@ use http::{Version, header};
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::connection::ClientInfo;
 use super::limits::Limits;
 use super::problem::{Code, Problem};
+use super::server::ClientInfo;
 use crate::budget::{Budget, Share};
 
 /// What is read and thrown away after a refusal, so that a client that sends first and reads then

@@ -19,9 +19,9 @@ use http::Method;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::changes::ChangeWaiters;
+use super::change_waiters::ChangeWaiters;
 use super::problem::{Code, Problem, ProblemCode};
-use super::{charged, dialects, process};
+use super::{answer_budget, dialects, process_metrics};
 use crate::budget::Budget;
 use crate::client::store::Failure;
 use crate::telemetry::Rarely;
@@ -116,7 +116,7 @@ pub struct Metrics {
 
 impl Metrics {
     pub fn new(sources: Vec<Arc<dyn MetricSource>>) -> Self {
-        process::note_start();
+        process_metrics::note_start();
         Self {
             series: Default::default(),
             problems: Default::default(),
@@ -239,7 +239,7 @@ impl Metrics {
             "Clients for which there was no place to wait.",
         );
         text.sample(&[], changes.refused());
-        process::collect(&mut text);
+        process_metrics::collect(&mut text);
         for source in &self.sources {
             source.collect(&mut text);
         }
@@ -362,7 +362,7 @@ impl<'a> RequestTimer<'a> {
     /// Ends the request with its answer, or with a refusal where there is no room for that.
     pub fn finish(mut self, response: Response) -> Response {
         let response = match self.answers {
-            Some(answers) => charged::charge(response, answers)
+            Some(answers) => answer_budget::charge(response, answers)
                 .unwrap_or_else(|unfit| self.refuse(*unfit, answers)),
             None => response,
         };

@@ -9,32 +9,21 @@
 //! by its prefix in the fallback, and its key taken from the raw path. That is the hot path too: it
 //! goes through no middleware and no parameter extraction.
 
-mod admission;
-mod apart;
-mod aside;
+mod answer_budget;
+mod blocking;
 pub mod body;
-mod changes;
-mod charged;
-mod connection;
+mod change_waiters;
 #[cfg(test)]
 mod crowd_tests;
 mod dialects;
-mod drain;
-mod framing;
-mod haste;
-mod heads;
 pub mod health;
-mod holder;
-mod inbox;
 pub mod limits;
 pub mod media;
 pub mod metrics;
 mod native;
-mod outbox;
-mod paced;
 pub mod peer;
 pub mod problem;
-mod process;
+mod process_metrics;
 pub mod server;
 #[cfg(test)]
 mod smuggling_tests;
@@ -61,9 +50,9 @@ pub use server::{BindError, Server};
 
 use crate::budget::Budget;
 use crate::client::store::Store;
-use connection::ClientInfo;
 use metrics::Dialect;
 use problem::{Code, Problem};
+use server::ClientInfo;
 
 /// What the routes work on.
 pub struct App {
@@ -76,7 +65,7 @@ pub struct App {
     bodies: Arc<Budget>,
     answers: Arc<Budget>,
     quorum_timeouts: dialects::QuorumTimeouts,
-    changes: changes::ChangeWaiters,
+    changes: change_waiters::ChangeWaiters,
     /// Cancelled when the lanes of peers have to end.
     lanes_end: CancellationToken,
 }
@@ -91,7 +80,7 @@ impl App {
         peers: Option<Arc<dyn PeerService>>,
         limits: Limits,
     ) -> Self {
-        let changes = changes::ChangeWaiters::new(limits.change_waiters_max);
+        let changes = change_waiters::ChangeWaiters::new(limits.change_waiters_max);
         let bodies = Budget::new(limits.bodies_bytes_max);
         let answers = store.answers();
         Self {

@@ -6,11 +6,11 @@
 //! competes with the servers for the same cores, so the loop is lean: bare hyper connections,
 //! values made beforehand, histograms per worker that are merged at the end.
 
-mod dice;
 mod options;
-mod pace;
 mod report;
-mod routes;
+mod rng;
+mod route_table;
+mod schedule;
 mod tally;
 mod template;
 mod worker;
@@ -28,8 +28,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use self::options::BenchPlan;
-use self::pace::RequestSchedule;
 use self::report::Report;
+use self::schedule::RequestSchedule;
 use self::tally::{BenchProgress, RequestError, Tally};
 use self::worker::{BenchContext, Worker};
 use super::{CliError, Exit};

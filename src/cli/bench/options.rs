@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use http::Method;
 
-use super::dice::Distribution;
+use super::rng::Distribution;
 use super::template::Template;
 use crate::cli::servers::{Servers, seconds};
 use crate::cli::{CliError, EXIT_CODES};

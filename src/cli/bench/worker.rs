@@ -13,10 +13,10 @@ use hyper::body::Incoming;
 use percent_encoding::percent_encode;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::dice::{KeyChooser, Rng};
 use super::options::{BenchPlan, LoadTarget, Workload};
-use super::pace::RequestSchedule;
-use super::routes::{RouteTable, SlotRoutes};
+use super::rng::{KeyChooser, Rng};
+use super::route_table::{RouteTable, SlotRoutes};
+use super::schedule::RequestSchedule;
 use super::tally::{BenchProgress, RequestError, Tally};
 use super::template::Template;
 use crate::cli::CliError;

@@ -29,10 +29,10 @@ use futures::future::BoxFuture;
 use http::StatusCode;
 use serde_json::value::RawValue;
 
-use super::batch::{self, Pair, PairEncoding};
-use super::list::{self, BudgetedVec, KeyValue, MemberNames, PairObject};
-use super::pieces::{self, CHUNK_BYTES, FullScan, JsonChunks, KeyLookup, push_text};
-use super::{DialectError, DisplayValue, JSON, JsonText, answer, bits, read_body};
+use super::batch_write::{self, Pair, PairEncoding};
+use super::chunked_answer::{self, CHUNK_BYTES, FullScan, JsonChunks, KeyLookup, push_text};
+use super::json_list::{self, BudgetedVec, KeyValue, MemberNames, PairObject};
+use super::{DialectError, DisplayValue, JSON, JsonText, answer, bit_strings, read_body};
 use crate::client::store::Failure;
 use crate::http::body::BodyBytes;
 use crate::http::metrics::Dialect;
@@ -69,7 +69,7 @@ impl<'a> EncodedText<'a> {
         let data: JsonText<'a> = serde_json::from_str(encoded.second?.get()).ok()?;
         match encoding.as_ref() {
             "string" => Some(EncodedText::String(data)),
-            "binary" if bits::is_bit_string(&data.0) => Some(EncodedText::Bits(data)),
+            "binary" if bit_strings::is_bit_string(&data.0) => Some(EncodedText::Bits(data)),
             _ => None,
         }
     }
@@ -80,7 +80,7 @@ impl<'a> EncodedText<'a> {
             EncodedText::String(text) => {
                 Some(text.into_bytes(body)).filter(|key| (1..=KEY_BYTES_MAX).contains(&key.len()))
             }
-            EncodedText::Bits(data) => bits::key(&data.0),
+            EncodedText::Bits(data) => bit_strings::key(&data.0),
         }
     }
 }
@@ -102,7 +102,7 @@ impl EncodedPairs {
             failed: BudgetedVec::new(body),
         };
         let mut count = 0;
-        list::read(body, |pair: PairObject<'_, KeyValue>| {
+        json_list::read(body, |pair: PairObject<'_, KeyValue>| {
             check_count(&mut count)?;
             let key = pair
                 .first
@@ -158,12 +158,12 @@ fn raw_text(body: &Bytes, json: &RawValue) -> Bytes {
 /// `PUT /set`
 pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
     let limits = app.limits.clone();
-    let batch = list::apart(body.len(), move || {
+    let batch = json_list::apart(body.len(), move || {
         EncodedPairs::read(&body, &limits).map(|batch| (batch, body))
     })
     .await;
     let (batch, _body) = batch?;
-    let outcome = batch::write(&*app.store, &batch.pairs).await;
+    let outcome = batch_write::write(&*app.store, &batch.pairs).await;
     let failed: Vec<&[u8]> = outcome
         .failed
         .iter()
@@ -201,7 +201,7 @@ pub async fn everything(State(app): State<SharedApp>, request: Request) -> Respo
         opening: Some("["),
     };
     timer.finish(
-        pieces::respond(&app.answers, chunks)
+        chunked_answer::respond(&app.answers, chunks)
             .await
             .unwrap_or_else(|refusal| refusal.respond(request.method())),
     )
@@ -221,13 +221,14 @@ async fn look_up(app: &App, request: Request, kind: LookupKind) -> Response {
     let found = async {
         let body = read_body(app, &parts, body).await?;
         let limits = app.limits.clone();
-        let requested = list::apart(body.len(), move || RequestedKeys::read(body, &limits)).await?;
+        let requested =
+            json_list::apart(body.len(), move || RequestedKeys::read(body, &limits)).await?;
         let lookup = KeyLookup::new(
             Arc::clone(&app.store),
             requested.keys,
             kind == LookupKind::Existence,
         );
-        pieces::respond(
+        chunked_answer::respond(
             &app.answers,
             LookupChunks {
                 lookup,
@@ -259,7 +260,7 @@ impl RequestedKeys {
     fn read(body: BodyBytes, limits: &Limits) -> Result<Self, DialectError> {
         let (mut raw_keys, mut keys) = (BudgetedVec::new(&body), BudgetedVec::new(&body));
         let mut count = 0;
-        list::read(&body, |key: &RawValue| {
+        json_list::read(&body, |key: &RawValue| {
             check_count(&mut count)?;
             if !key.get().starts_with('{') {
                 return Err(DialectError::bad_request(
@@ -356,20 +357,20 @@ fn closing(opening: &str) -> &'static str {
 }
 
 fn push_key(json: &mut Vec<u8>, key: &[u8]) {
-    match (bits::data(key), std::str::from_utf8(key)) {
+    match (bit_strings::data(key), std::str::from_utf8(key)) {
         (Some(data), _) => push_encoded(json, "binary", &data),
         (None, Ok(text)) => push_encoded(json, "string", text),
-        (None, Err(_)) => push_encoded(json, "binary", &bits::to_text(key)),
+        (None, Err(_)) => push_encoded(json, "binary", &bit_strings::to_text(key)),
     }
 }
 
 fn push_value(json: &mut Vec<u8>, record: &Record) {
     match DisplayValue::new(&record.media, &record.value) {
-        DisplayValue::Text(text) if bits::is_stored_as_bits(&record.media, text) => {
+        DisplayValue::Text(text) if bit_strings::is_stored_as_bits(&record.media, text) => {
             push_encoded(json, "binary", text)
         }
         DisplayValue::Text(text) | DisplayValue::Json(text) => push_encoded(json, "string", text),
-        DisplayValue::Bytes(bytes) => push_encoded(json, "binary", &bits::to_text(bytes)),
+        DisplayValue::Bytes(bytes) => push_encoded(json, "binary", &bit_strings::to_text(bytes)),
     }
 }
 
@@ -606,7 +607,7 @@ mod tests {
             Some(5),
             "{listed}"
         );
-        let raw = super::bits::key("0110").expect("a key");
+        let raw = super::bit_strings::key("0110").expect("a key");
         let path: String = raw.iter().map(|byte| format!("%{byte:02x}")).collect();
         for (method, body) in [("GET", ""), ("PUT", "x"), ("DELETE", "")] {
             assert_eq!(

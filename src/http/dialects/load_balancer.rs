@@ -21,8 +21,8 @@ use http::{Method, StatusCode, header};
 use serde_json::value::RawValue;
 
 use super::{
-    DialectError, DisplayValue, JsonText, TEXT, answer, list, method_not_allowed, options, python,
-    read_body,
+    DialectError, DisplayValue, JsonText, TEXT, answer, json_list, method_not_allowed, options,
+    python, read_body,
 };
 use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
 use crate::http::metrics::Dialect;
@@ -84,7 +84,7 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
     };
     let body = read_body(app, parts, body).await?;
     let given = body.bytes.clone();
-    let read = list::apart(given.len(), move || {
+    let read = json_list::apart(given.len(), move || {
         parse(&given).map(|(media, value)| (printed(&media, &value), media, value))
     })
     .await;
@@ -165,7 +165,8 @@ async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
     let mut response = match record {
         Some(record) => {
             let bytes = record.value.len();
-            let printed = list::apart(bytes, move || printed(&record.media, &record.value)).await;
+            let printed =
+                json_list::apart(bytes, move || printed(&record.media, &record.value)).await;
             from_server(&format!("retrived key value is {printed}"))
         }
         None => from_server("No such key on any server"),

@@ -17,16 +17,16 @@
 //! Kept here is what they share. Paths that end in a key are told by their prefix ([`key_route`]),
 //! for the reason given in `http`.
 
-mod batch;
-mod bits;
+mod batch_write;
+mod bit_strings;
+mod chunked_answer;
 mod encoded_batch;
+mod json_list;
 mod kvs;
-mod list;
 mod load_balancer;
-mod pieces;
 mod plain_batch;
 mod python;
-mod quorums;
+mod quorum_timeouts;
 mod set;
 
 use std::borrow::Cow;
@@ -42,7 +42,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
-pub(super) use self::quorums::QuorumTimeouts;
+pub(super) use self::quorum_timeouts::QuorumTimeouts;
 use super::body::{self, BodyBytes, BodyLimit};
 use super::problem::{Code, Problem};
 use super::{App, SharedApp, media};

@@ -28,9 +28,9 @@ use futures::future::BoxFuture;
 use http::StatusCode;
 use serde_json::value::RawValue;
 
-use super::batch::{self, Pair, PairEncoding};
-use super::list::{self, BudgetedVec, KeyValue, PairObject};
-use super::pieces::{self, CHUNK_BYTES, JsonChunks, KeyLookup, push_text};
+use super::batch_write::{self, Pair, PairEncoding};
+use super::chunked_answer::{self, CHUNK_BYTES, JsonChunks, KeyLookup, push_text};
+use super::json_list::{self, BudgetedVec, KeyValue, PairObject};
 use super::{DialectError, DisplayValue, JsonText, TEXT, answer, read_body};
 use crate::client::store::Failure;
 use crate::http::body::BodyBytes;
@@ -44,11 +44,11 @@ const STORED: &str = "Success to set key";
 /// `POST /set`
 pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
     let limits = app.limits.clone();
-    let (pairs, _body) = list::apart(body.len(), move || {
+    let (pairs, _body) = json_list::apart(body.len(), move || {
         read_pairs(&body, &limits).map(|pairs| (pairs, body))
     })
     .await?;
-    let outcome = batch::write(&*app.store, &pairs).await;
+    let outcome = batch_write::write(&*app.store, &pairs).await;
     match outcome.failure {
         // A 4xx says that nothing is stored: not of pairs of which others are.
         Some(failure) if failure.status.is_client_error() && outcome.failed.len() < pairs.len() => {
@@ -61,7 +61,7 @@ pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
 
 fn read_pairs(body: &BodyBytes, limits: &Limits) -> Result<BudgetedVec<Pair>, DialectError> {
     let mut pairs = BudgetedVec::new(body);
-    list::read(body, |pair: PairObject<'_, KeyValue>| {
+    json_list::read(body, |pair: PairObject<'_, KeyValue>| {
         let key = read_key(&pair, &body.bytes)?;
         let value = match pair.second {
             Some(value) if value.get().starts_with('"') => read_text(value, &body.bytes)?,
@@ -112,12 +112,12 @@ pub async fn get(State(app): State<SharedApp>, request: Request) -> Response {
     let answer_body = async {
         let body = read_body(&app, &parts, body).await?;
         let limits = app.limits.clone();
-        let (keys, body) = list::apart(body.len(), move || {
+        let (keys, body) = json_list::apart(body.len(), move || {
             read_keys(&body, &limits).map(|keys| (keys, body))
         })
         .await?;
         let lookup = KeyLookup::new(Arc::clone(&app.store), keys, false);
-        pieces::respond(
+        chunked_answer::respond(
             &app.answers,
             PlainGetChunks {
                 lookup,
@@ -137,7 +137,7 @@ pub async fn get(State(app): State<SharedApp>, request: Request) -> Response {
 
 fn read_keys(body: &BodyBytes, limits: &Limits) -> Result<BudgetedVec<Bytes>, DialectError> {
     let mut keys = BudgetedVec::new(body);
-    list::read(body, |pair: PairObject<'_, KeyValue>| {
+    json_list::read(body, |pair: PairObject<'_, KeyValue>| {
         keys.push(read_key(&pair, &body.bytes)?, limits)
     })?;
     Ok(keys)

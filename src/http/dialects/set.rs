@@ -8,10 +8,10 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use http::Method;
 
-use super::list::{self, KeyValue, PairObject};
+use super::json_list::{self, KeyValue, PairObject};
 use super::{encoded_batch, plain_batch, read_body};
 use crate::http::metrics::Dialect;
-use crate::http::{SharedApp, aside};
+use crate::http::{SharedApp, blocking};
 
 pub async fn set(State(app): State<SharedApp>, request: Request) -> Response {
     let mut timer = app.start_timer(Dialect::EncodedBatch, &request);
@@ -20,7 +20,7 @@ pub async fn set(State(app): State<SharedApp>, request: Request) -> Response {
         Ok(body) => body,
         Err(refusal) => return timer.finish(refusal.respond(&parts.method)),
     };
-    let dialect = aside::work(body.len(), || dialect(&body, &parts.method));
+    let dialect = blocking::work(body.len(), || dialect(&body, &parts.method));
     timer.dialect(dialect);
     let answer = match dialect {
         Dialect::PlainBatch => plain_batch::set(&app, body).await,
@@ -31,7 +31,7 @@ pub async fn set(State(app): State<SharedApp>, request: Request) -> Response {
 
 /// Looks at the first element alone.
 fn dialect(body: &[u8], method: &Method) -> Dialect {
-    let first: Option<PairObject<'_, KeyValue>> = list::first(body);
+    let first: Option<PairObject<'_, KeyValue>> = json_list::first(body);
     match first
         .and_then(|pair| pair.first)
         .map(|key| key.get().as_bytes())

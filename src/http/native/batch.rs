@@ -45,7 +45,7 @@ use serde_json::{Map, Value, json as object};
 use super::query::Query;
 use super::{ItemJson, LazyList, idempotency_key, json, key};
 use crate::client::store::{Failure, Item, Options, Routing, WriteFailure, Written};
-use crate::http::aside;
+use crate::http::blocking;
 use crate::http::body::{self, BodyLimit};
 use crate::http::media::{self, Encoding};
 use crate::http::metrics::{Dialect, RequestTimer};
@@ -221,7 +221,7 @@ async fn run(
     if !made.grow(body.len() + (body.len() * MADE_PER_BYTE).min(MADE_MAX)) {
         return Err(body::overloaded(&app.limits));
     }
-    let operations = aside::work(body.len(), || parse(&body, &app.limits))?;
+    let operations = blocking::work(body.len(), || parse(&body, &app.limits))?;
     if operations
         .iter()
         .all(|operation| operation.action == Action::Get)
@@ -251,7 +251,9 @@ async fn run(
         }))
     };
     written.resize_with(keys.len(), broken);
-    Ok(aside::work(got_bytes(&written), || answer(&keys, &written)))
+    Ok(blocking::work(got_bytes(&written), || {
+        answer(&keys, &written)
+    }))
 }
 
 fn parse(body: &[u8], limits: &Limits) -> Result<Vec<Operation>, Problem> {

@@ -14,11 +14,11 @@ use super::query::Query;
 use super::{KeyJson, STALENESS, idempotency_key, json, key, staleness};
 use crate::budget::UNCHARGED_BYTES_MAX;
 use crate::client::store::{Consistency, Failure, Options, Routing, WriteFailure, Written};
+use crate::http::answer_budget::AlreadyCharged;
 use crate::http::body::{self, BodyLimit};
-use crate::http::charged::AlreadyCharged;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, aside, media, refuse_method};
+use crate::http::{App, blocking, media, refuse_method};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, WriteRejection};
 use crate::types::Revision;
 
@@ -140,7 +140,7 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
         }
     };
     let value = body::read(parts, body, value_max, &app.limits, &app.bodies).await?;
-    let media = aside::work(value.len(), || media::of_request(&parts.headers, &value))?;
+    let media = blocking::work(value.len(), || media::of_request(&parts.headers, &value))?;
     let action = Action::Put {
         media,
         value: value.bytes.clone(),

@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::query::Query;
 use super::{ItemJson, LazyList, STALENESS, json, staleness};
 use crate::client::store::{Consistency, Item, Routing, ScanRange, ScanRequest};
-use crate::http::aside;
+use crate::http::blocking;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
 use crate::http::{App, SharedApp};
@@ -102,7 +102,7 @@ async fn page(app: &App, parts: &Parts) -> Result<Response, Problem> {
         },
         next_cursor,
     };
-    let mut response = aside::work(bytes, || json(StatusCode::OK, &body));
+    let mut response = blocking::work(bytes, || json(StatusCode::OK, &body));
     if query.options.consistency == Consistency::Stale {
         // Each shard has an age of its own, and a page does not carry them.
         response.headers_mut().insert(STALENESS, staleness(None));

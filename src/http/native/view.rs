@@ -31,7 +31,7 @@ use crate::client::view_change::{
 use crate::http::body::{self, BodyLimit};
 use crate::http::metrics::{Dialect, RequestTimer};
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, SharedApp, aside};
+use crate::http::{App, SharedApp, blocking};
 use crate::types::{ParseError, PlanEpoch};
 
 /// Room for tens of thousands of addresses.
@@ -143,7 +143,7 @@ async fn put(
         }
     };
     let body = body::read(parts, body, CHANGE_BODY, &app.limits, &app.bodies).await?;
-    let change = aside::work(body.len(), || parse(&body))?;
+    let change = blocking::work(body.len(), || parse(&body))?;
     let options = Options {
         routing: Routing::Proxy,
         ..query.options

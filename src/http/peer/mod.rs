@@ -26,7 +26,7 @@ use serde::de::DeserializeOwned;
 use super::body::{self, BodyBytes, BodyLimit};
 use super::metrics::Dialect;
 use super::problem::{Code, Problem};
-use super::{App, Limits, SharedApp, aside};
+use super::{App, Limits, SharedApp, blocking};
 use crate::budget::Share;
 use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
@@ -225,14 +225,14 @@ async fn shard(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) ->
     let answer = async {
         let body = read(&app, request, limit).await?;
         let mut made = body.new_share();
-        let request = aside::work(body.len(), || {
+        let request = blocking::work(body.len(), || {
             read_shard_request(&body, &app.limits, &mut made)
         })?;
         if request.body.is_read() {
             timer.mark_read_only();
         }
         let reply = peers.shard(request, hop).await;
-        let reply = aside::work(reply.value_bytes(), || codec::encode(&reply));
+        let reply = blocking::work(reply.value_bytes(), || codec::encode(&reply));
         Ok(([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response())
     };
     let answer = answer

@@ -27,11 +27,11 @@ use percent_encoding::percent_decode_str;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::super::{DialectError, DisplayValue, JsonText, options};
-use super::answer::{KvsResponse, ResponseContent};
 use super::body::{Fields, KvsBody};
 use super::refusal;
+use super::response::{KvsResponse, ResponseContent};
 use crate::client::store::WriteFailure;
-use crate::http::{App, aside};
+use crate::http::{App, blocking};
 use crate::sm::cluster::view::Layout;
 use crate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome, Record};
 use crate::types::{Address, KEY_BYTES_MAX, is_reserved};
@@ -66,7 +66,7 @@ async fn get(app: &App, method: &Method, key: &Bytes) -> Result<KvsResponse, Dia
     match app.store.get(key.clone(), options()).await {
         Ok(found) => Ok(found.record.map_or_else(
             || KvsResponse::missing(method),
-            |record| aside::work(record.value.len(), || retrieved(&record)),
+            |record| blocking::work(record.value.len(), || retrieved(&record)),
         )),
         Err(failure) => Err(refusal(app, failure)),
     }
@@ -102,7 +102,7 @@ async fn put(
     if is_reserved(key) {
         return refused("Key is reserved");
     }
-    let (media, value) = aside::work(value.get().len(), || stored(value));
+    let (media, value) = blocking::work(value.get().len(), || stored(value));
     if value.len() > app.limits.value_bytes_max {
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
         return Err(DialectError::new(StatusCode::PAYLOAD_TOO_LARGE, error));

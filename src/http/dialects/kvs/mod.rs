@@ -20,9 +20,9 @@
 //! `{"error":"Unable to satisfy request","message":"Error in PUT"}`. A spare says the same at once,
 //! and whom it knows of.
 
-mod answer;
 mod body;
 mod keys;
+mod response;
 mod shards;
 #[cfg(test)]
 mod tests;
@@ -33,13 +33,13 @@ use axum::response::Response;
 use http::request::Parts;
 use http::{Method, StatusCode};
 
-use self::answer::{KvsResponse, ResponseContent};
 use self::body::KvsBody;
+use self::response::{KvsResponse, ResponseContent};
 use super::{DialectError, read_body};
 use crate::client::store::Failure;
-use crate::http::charged::charge;
+use crate::http::answer_budget::charge;
 use crate::http::metrics::{Dialect, RequestTimer};
-use crate::http::{App, aside};
+use crate::http::{App, blocking};
 
 const PREFIX: &str = "/kvs/";
 const PROXY_VIEW_CHANGE: &str = "/proxy/view-change";
@@ -92,7 +92,7 @@ pub async fn serve(app: &App, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let answer = match read_body(app, &parts, body).await {
         Ok(body) => {
-            let request_body = aside::work(body.len(), || KvsBody::read(&body.bytes));
+            let request_body = blocking::work(body.len(), || KvsBody::read(&body.bytes));
             let answered = by_route(app, &parts, &request_body, &mut timer).await;
             let answer =
                 answered.unwrap_or_else(|refusal| KvsResponse::refused(refusal, &parts.method));

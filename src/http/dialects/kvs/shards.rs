@@ -17,8 +17,8 @@ use http::{Method, StatusCode};
 use tokio::time::timeout;
 
 use super::super::{ANSWER_TIMEOUT, DialectError, options};
-use super::answer::{KvsResponse, ResponseContent, ShardJson};
 use super::refusal;
+use super::response::{KvsResponse, ResponseContent, ShardJson};
 use crate::client::shard_map::{ShardMap, ShardPlace};
 use crate::client::store::Failure;
 use crate::http::App;

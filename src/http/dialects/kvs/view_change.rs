@@ -21,9 +21,9 @@ use serde_json::value::RawValue;
 use tokio::time::{Instant, sleep};
 
 use super::super::{DialectError, options};
-use super::answer::{PartJson, ResponseContent, ShardJson};
 use super::body::{Fields, KvsBody};
 use super::refusal;
+use super::response::{PartJson, ResponseContent, ShardJson};
 use super::shards::{addresses, id_of};
 use crate::client::protocol::ClusterStatus;
 use crate::client::shard_map::ShardMap;
@@ -32,7 +32,7 @@ use crate::client::view_change::{
     ChangeInProgress, PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
 };
 use crate::http::App;
-use crate::http::changes::PollSchedule;
+use crate::http::change_waiters::PollSchedule;
 use crate::http::metrics::RequestTimer;
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, PlanEpoch};

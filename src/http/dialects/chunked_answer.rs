@@ -13,11 +13,11 @@ use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use http::StatusCode;
 
-use super::list::BudgetedVec;
+use super::json_list::BudgetedVec;
 use super::{DialectError, JSON, answer, options};
 use crate::budget::{Budget, UNCHARGED_BYTES_MAX};
 use crate::client::store::{Failure, GetManyRequest, Item, ScanRange, ScanRequest, Store};
-use crate::http::charged::{AlreadyCharged, charge_chunk};
+use crate::http::answer_budget::{AlreadyCharged, charge_chunk};
 use crate::sm::kv::Record;
 use crate::telemetry::rarely;
 

@@ -33,18 +33,19 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use tower::Service;
 
 use super::admission::{AdmissionDecision, AdmissionPermit, ServerStats};
-use super::apart::WakeGate;
 use super::drain::ConnectionDrainGuard;
-use super::haste::SlowClientLimit;
-use super::heads::{HeadBudget, HeadLimitedStream};
-use super::inbox::{ReadMonitor, RequestActivity};
-use super::limits::Limits;
-use super::outbox::ResponseTracker;
-use super::paced::TimedStream;
-use super::problem::{Code, Problem};
-use super::server::BUFFER_BYTES_MIN;
-use super::{body, framing};
+use super::framing;
+use super::head_budget::{HeadBudget, HeadLimitedStream};
+use super::listener::BUFFER_BYTES_MIN;
+use super::read_monitor::{ReadMonitor, RequestActivity};
+use super::response_tracker::ResponseTracker;
+use super::slow_clients::SlowClientLimit;
+use super::timed_stream::TimedStream;
+use super::wake_gate::WakeGate;
 use crate::budget::Budget;
+use crate::http::body;
+use crate::http::limits::Limits;
+use crate::http::problem::{Code, Problem};
 
 /// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One
 /// that is idle, or was only just made, may be used just then, and its client could not tell
@@ -416,7 +417,10 @@ impl ConnectionState {
                 .into_response()
                 .map(|body| stream_guard.track(body, true));
         };
-        let is_lane = request.uri().path().starts_with(super::peer::LANE_PREFIX);
+        let is_lane = request
+            .uri()
+            .path()
+            .starts_with(crate::http::peer::LANE_PREFIX);
         if is_lane {
             self.drain_guard.release_for_lanes();
         }

@@ -24,7 +24,7 @@ use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::haste::{SendRate, SlowClientLimit};
+use super::slow_clients::{SendRate, SlowClientLimit};
 use crate::budget::UNCHARGED_BYTES_MAX;
 
 /// What is handed over at once, to wait for the stream's window.

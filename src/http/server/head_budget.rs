@@ -16,9 +16,9 @@ use std::task::{Context, Poll, ready};
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::inbox::RequestActivity;
-use super::outbox::ResponseTracker;
-use super::paced::TimedStream;
+use super::read_monitor::RequestActivity;
+use super::response_tracker::ResponseTracker;
+use super::timed_stream::TimedStream;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 
 /// A charge grows by steps, not with every byte.

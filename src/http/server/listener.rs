@@ -26,12 +26,12 @@ use tokio_util::sync::CancellationToken;
 use super::admission::{Admission, ServerStats};
 use super::connection::{self, AdmittedConnection, ConnectionContext};
 use super::drain::{ConnectionDrainGuard, DrainGuard};
-use super::haste::SlowClientLimit;
-use super::holder::{self, PortOwner};
-use super::limits::Limits;
-use super::{App, router};
+use super::port_owner::{self, PortOwner};
+use super::slow_clients::SlowClientLimit;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::descriptors::{self, Shares};
+use crate::http::limits::Limits;
+use crate::http::{App, router};
 use crate::telemetry::rarely;
 
 /// Connections that the kernel keeps for us between two accepts; it lowers this to its own limit.
@@ -119,7 +119,7 @@ impl Server {
                         let busy = source.kind() == io::ErrorKind::AddrInUse;
                         return Err(BindError::Listen {
                             address,
-                            holder: busy.then(|| holder::find(address)).flatten(),
+                            holder: busy.then(|| port_owner::find(address)).flatten(),
                             source,
                         });
                     }

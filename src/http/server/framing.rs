@@ -7,7 +7,7 @@
 
 use http::{HeaderMap, StatusCode, Version, header};
 
-use super::problem::{Code, Problem};
+use crate::http::problem::{Code, Problem};
 
 /// Refuses a request over HTTP/1 whose head leaves open whom it is for or how long it is.
 ///

@@ -21,10 +21,10 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use http::Method;
 use tokio_util::sync::CancellationToken;
 
-use super::limits::Limits;
-use super::metrics::{Exposition, MetricKind, MetricSource};
-use super::peer::{self, LANE_PREFIX};
 use crate::descriptors::{self, Shares};
+use crate::http::limits::Limits;
+use crate::http::metrics::{Exposition, MetricKind, MetricSource};
+use crate::http::peer::{self, LANE_PREFIX};
 
 /// Connections that may wait at the door for their first request. A peer's comes with the next
 /// packet, so that it gets in needs a crowd to open this many connections within a round trip.

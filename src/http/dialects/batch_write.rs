@@ -19,7 +19,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{ANSWER_TIMEOUT, DialectError, bits, options};
+use super::{ANSWER_TIMEOUT, DialectError, bit_strings, options};
 use crate::client::store::{Failure, Options, Store, WriteFailure, Written as Answer};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
@@ -241,7 +241,7 @@ impl Pair {
     fn operation(&self) -> Operation {
         let media = match self.encoding {
             PairEncoding::Text => Media::Text,
-            PairEncoding::Bits => bits::media(),
+            PairEncoding::Bits => bit_strings::media(),
         };
         let action = Action::Put {
             media,
