@@ -5,8 +5,8 @@ use tokio::time::Instant;
 
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, Read, StoreError, ValueStart};
 
-/// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step
-/// of it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
+/// Marks that an entry is being applied, until it is dropped. Each read of the map counts as
+/// progress: on a slow disk many reads take long, and a restart would only begin with a cold cache.
 pub struct ApplyProgress<'a>(&'a parking_lot::Mutex<Option<Instant>>);
 
 impl<'a> ApplyProgress<'a> {
@@ -25,7 +25,7 @@ impl<'a> ApplyProgress<'a> {
     }
 }
 
-/// What an entry reads, each of which is a step of applying it.
+/// Reads the map for an entry; each read counts as a step of applying it.
 pub struct ProgressRead<'a, R> {
     pub read: &'a R,
     pub applying: &'a ApplyProgress<'a>,

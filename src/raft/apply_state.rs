@@ -24,25 +24,27 @@ use crate::storage::snapshot::Snapshot;
 use crate::supervisor;
 use crate::types::LogId;
 
-/// What the rest of a group sees of its state machine.
+/// Applies entries to what a replica keeps, and shows the rest of the replica how far that is.
 pub struct ApplyState {
     pub store: ReplicaStore,
-    /// Index of the last applied entry.
+    /// Publishes the index of the last applied entry.
     pub applied: watch::Sender<u64>,
     pub clock: GroupClock,
-    /// Nothing is applied while it is set.
+    /// Keeps entries from being applied while it is set.
     pub hold: MapHold,
-    /// Locked while an entry is applied, and while another map takes the place of one that is
+    /// Locked while an entry is applied, and while a snapshot takes the place of a map that is
     /// held.
     pub turns: tokio::sync::Mutex<()>,
-    /// How often another map took the place of this one's, which differed. Changed with the turn.
+    /// Counts how often a snapshot took the place of this map because it differed. Changed under
+    /// `turns`.
     pub rebuilt: AtomicU64,
-    /// Since when an entry is being applied and has read nothing more of the map.
+    /// The time of the last read of the map by the entry that is being applied; None between
+    /// entries.
     applying: Mutex<Option<Instant>>,
     pub(super) is_installing: AtomicBool,
-    /// The term of the last applied entry.
+    /// Term of the last applied entry.
     applied_term: AtomicU64,
-    /// Why nothing is written, as the map says.
+    /// The reason why writes are refused, if the map says that they are.
     read_only: Mutex<Option<String>>,
     is_read_only: AtomicBool,
     failure: Mutex<Option<String>>,
@@ -69,7 +71,7 @@ impl ApplyState {
         Ok(apply_state)
     }
 
-    /// The map knows the time of the last entry, and whether anything is written.
+    /// Takes the group time and the read-only state from the map.
     pub fn read_map(&self) -> Result<(), StoreError> {
         if let Some(state) = self
             .store
@@ -82,7 +84,7 @@ impl ApplyState {
         Ok(())
     }
 
-    /// Tells what the map says that was put in the place of another.
+    /// Publishes how far the map is after a snapshot took its place.
     pub fn follow_map(&self) -> Result<(), StoreError> {
         self.read_map()?;
         let Some(id) = self.store.applied().log_id else {
@@ -97,18 +99,18 @@ impl ApplyState {
         Ok(())
     }
 
-    /// Returns for how long one entry has been applied that is not done, since its last read of the
-    /// map.
+    /// Returns how long the entry that is being applied has gone without a read of the map; None if
+    /// no entry is being applied.
     pub fn applying(&self) -> Option<Duration> {
         self.applying.lock().map(|since| since.elapsed())
     }
 
-    /// Returns whether a snapshot is being installed: openraft answers nothing that comes after it.
+    /// Returns true while a snapshot is being installed; openraft answers nothing else meanwhile.
     pub fn is_installing(&self) -> bool {
         self.is_installing.load(Ordering::Acquire)
     }
 
-    /// Returns why nothing is written, as the map says.
+    /// Returns the reason why writes are refused, if the map says that they are.
     pub fn read_only(&self) -> Option<String> {
         self.read_only.lock().clone()
     }
@@ -123,23 +125,23 @@ impl ApplyState {
         *now = reason;
     }
 
-    /// Returns the term of the last applied entry: what came before it is in the map.
+    /// Returns the term of the last applied entry. Everything before that entry is in the map.
     pub fn applied_term(&self) -> u64 {
         self.applied_term.load(Ordering::Acquire)
     }
 
-    /// Tells that all through this entry is applied.
+    /// Publishes that everything through this entry is applied.
     pub fn note_applied(&self, id: LogId) {
         self.applied_term.store(id.term, Ordering::Release);
         self.applied.send_replace(id.index);
     }
 
-    /// Why nothing more is applied.
+    /// Returns the reason why nothing more is applied, if something failed.
     pub fn failure(&self) -> Option<String> {
         self.failure.lock().clone()
     }
 
-    /// Keeps the first reason.
+    /// Stops applying, for this reason. The first reason is kept.
     pub fn fail(&self, reason: String) {
         self.failure.lock().get_or_insert(reason);
     }
@@ -149,8 +151,8 @@ impl ApplyState {
         io::Error::other(error)
     }
 
-    /// Waits until the map is not held, and keeps it from being exchanged until the turn is given
-    /// back.
+    /// Waits until the map is not held, and locks it against an exchange until the guard is
+    /// dropped.
     pub async fn take_turn(&self) -> TurnGuard<'_, ()> {
         loop {
             self.hold.wait().await;
@@ -161,11 +163,11 @@ impl ApplyState {
         }
     }
 
-    /// Applies an entry: where it holds up nobody, if what it changes may have to be read from the
-    /// disk.
+    /// Applies an entry; on another thread if it may have to read the disk, so that it holds up
+    /// nobody.
     ///
-    /// One that panics would do so at every replica of the group, and again after each start: so it
-    /// stops this replica, like one that can't be decoded, and not the process with all its others.
+    /// A panic stops this replica and not the process with all of its others: it would recur at
+    /// every replica of the group, and after each restart.
     pub async fn apply(self: &Arc<Self>, work: EntryWork) -> Result<ApplyOutcome, StoreError> {
         let id = work.applied.log_id;
         match self
@@ -176,9 +178,9 @@ impl ApplyState {
             Some(state) => {
                 let (apply_state, map) = (self.clone(), state.clone());
                 let apply = move || {
-                    // It has begun only now: threads to read on may have been waited for.
+                    // Begins only here, because the entry may have waited for a thread to read on.
                     let applying = ApplyProgress::begin(&apply_state.applying);
-                    // What can't be decoded is told below.
+                    // A command that can't be decoded is reported by `apply_now` below.
                     if let Ok(Some(command)) = work.command() {
                         map.preview(|read| command.clone().decide(read, &work, &applying));
                     }
@@ -230,10 +232,10 @@ impl ApplyState {
         Ok(outcome)
     }
 
-    /// Puts a snapshot in the place of the map, whose turn the caller has. Blocking.
+    /// Replaces the map with a snapshot. The caller has locked `turns`. Blocking.
     ///
-    /// It is counted as soon as it is so, and whoever applies the next entry looks at the count: a
-    /// hold may begin and end without being seen.
+    /// The exchange is counted at once, and whoever applies the next entry looks at the count,
+    /// because a hold may begin and end without being seen.
     pub fn exchange_map(&self, snapshot: &Snapshot) -> Result<(), String> {
         let state = self.store.map().ok_or("a witness has no map")?;
         let filled = background::run("fill-map", || state.install(snapshot));
@@ -250,7 +252,7 @@ impl ApplyState {
     }
 }
 
-/// Makes a failure of the replica of a panic.
+/// Turns a panic of `apply` into a failure of the replica.
 fn guarded(
     id: Option<crate::types::LogId>,
     apply: impl FnOnce() -> Result<ApplyOutcome, StoreError>,
@@ -265,12 +267,12 @@ fn guarded(
     })
 }
 
-/// An entry that is to be applied.
+/// An entry to be applied, and what applying it needs to know.
 pub struct EntryWork {
     pub index: u64,
-    /// How far the map is with it.
+    /// The state of the map once it is applied.
     pub applied: Applied,
-    /// None: it says nothing to the map.
+    /// None for entries that do not change the map.
     pub proposal: Option<Proposal>,
     pub is_meta: bool,
     pub audience: kv::Audience,
@@ -288,7 +290,7 @@ impl EntryWork {
     }
 }
 
-/// What an entry says to the map.
+/// A decoded command of either kind of group.
 #[derive(Clone)]
 enum GroupCommand {
     Meta(meta::MetaCommand),
@@ -303,12 +305,12 @@ impl GroupCommand {
         }
     }
 
-    /// Returns whether the digest of the map is to be noted after it.
+    /// Returns true if the digest of the map is to be recorded after it.
     fn notes_digest(&self) -> bool {
         matches!(self, GroupCommand::Shard(kv::KvCommand::Compare))
     }
 
-    /// Returns whether it is said that nothing is written any more, and why, or that it is again.
+    /// Returns the new read-only reason if the command sets or clears one.
     fn read_only(&self) -> Option<Option<String>> {
         match self {
             GroupCommand::Shard(kv::KvCommand::SetReadOnly { reason }) => Some(reason.clone()),
@@ -316,7 +318,7 @@ impl GroupCommand {
         }
     }
 
-    /// Returns its outcome, and what it changes in the map.
+    /// Returns its outcome and the changes that it makes to the map.
     fn decide(
         self,
         read: &MapRead<'_>,
@@ -337,8 +339,8 @@ impl GroupCommand {
     }
 }
 
-/// Group time in milliseconds: that of the last applied entry plus what has passed here since. No
-/// wall clock is read; while every replica is down it stands still.
+/// Keeps the group time in milliseconds: that of the last applied entry, plus the time that has
+/// passed here since. Reads no wall clock; the time stands still while every replica is down.
 pub struct GroupClock(Mutex<(u64, Instant)>);
 
 impl GroupClock {

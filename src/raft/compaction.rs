@@ -11,23 +11,23 @@ use super::transport::snapshot_transfers::ENTRIES_BEHIND;
 use crate::sm::ports::StoreError;
 use crate::types::LogId;
 
-/// Log for followers that are near and lack what a new snapshot holds: sending it is no more than
-/// this.
+/// Log that is kept for followers that are nearly up to date when a new snapshot covers it: sending
+/// them the log costs no more than this.
 const NEAR_BYTES_MAX: u64 = 64 << 20;
 
-/// A follower that was heard of within this is near: it comes by itself.
+/// A follower heard from within this time will fetch the rest of the log by itself.
 const NEAR_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long openraft may take to know of a snapshot that was written.
+/// Time that openraft may take to learn of a snapshot file that was written.
 const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Replica {
-    /// Writes a snapshot file of what is applied, and purges what it covers but for a tail. At most
-    /// one replica of a node does this at a time; an error leaves everything as it was.
+    /// Writes a snapshot file of what is applied, then purges the log that it covers, except for a
+    /// tail. One replica of a node does this at a time. An error leaves everything as it was.
     pub async fn build_snapshot(&self) -> Result<(), StoreError> {
         let _turn = self.context.snapshot_turns.acquire().await;
         let snapshot = state_machine::build(self.state()).await?;
-        // It takes the file that was just written.
+        // openraft takes the file that was just written.
         let _ = self.raft.trigger().snapshot().await;
         if let Some(snapshot) = snapshot.applied().log_id {
             self.purge_behind(snapshot).await;
@@ -35,7 +35,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Bytes in the log that no snapshot covers.
+    /// Returns the bytes of the log that no snapshot covers.
     pub fn log_bytes_since_snapshot(&self) -> u64 {
         let snapshot = self.state().current_snapshot();
         self.log.bytes_since(
@@ -45,7 +45,7 @@ impl Replica {
         )
     }
 
-    /// Bytes in the log that the last snapshot covers.
+    /// Returns the bytes of the log that the last snapshot covers.
     pub fn log_bytes_behind_snapshot(&self) -> u64 {
         let purged = self.log.state().purged.map_or(0, |id| id.index);
         self.log
@@ -53,15 +53,15 @@ impl Replica {
             .saturating_sub(self.log_bytes_since_snapshot())
     }
 
-    /// Bytes of the last snapshot file; zero if there is none.
+    /// Returns the size of the last snapshot file; zero if there is none.
     pub fn snapshot_bytes(&self) -> u64 {
         self.state()
             .current_snapshot()
             .map_or(0, |snapshot| snapshot.bytes_len())
     }
 
-    /// Purges the log through `index`, but not past the last snapshot, nor, while there is room for
-    /// it, past what a follower that is sent a snapshot will need.
+    /// Purges the log through `index`, but not past the last snapshot. While the node has room for
+    /// log, keeps what a follower will need that is being sent a snapshot.
     pub async fn purge_log(&self, index: u64) {
         let status = self.status();
         let last = status.last_log.map_or(0, |id| id.index);
@@ -78,16 +78,16 @@ impl Replica {
         self.purge_log_of_all(index.min(purgeable)).await;
     }
 
-    /// Purges the log through `index`, but not past the last snapshot, whoever is sent one: for a
-    /// log that is at its bound.
+    /// Purges the log through `upto`, but not past the last snapshot, without regard to followers
+    /// that are being sent one. For a log that has reached its limit.
     pub async fn purge_log_of_all(&self, upto: u64) {
         if upto > self.status().purged.map_or(0, |id| id.index) {
             let _ = self.raft.trigger().purge_log(upto).await;
         }
     }
 
-    /// Purges what a snapshot that was just written, as of `snapshot`, covers, but for what
-    /// followers that are near may need.
+    /// Purges what the snapshot at `snapshot`, which was just written, covers, except for what
+    /// followers that are nearly up to date may need.
     pub(in crate::raft) async fn purge_behind(&self, snapshot: LogId) {
         let deadline = Instant::now() + SNAPSHOT_PATIENCE;
         while self.status().snapshot < Some(snapshot) {

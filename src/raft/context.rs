@@ -12,7 +12,7 @@ use super::transport::lanes::Lanes;
 use crate::storage::log::Log;
 use crate::supervisor::Supervisor;
 
-/// What the groups of a node share.
+/// The parts of a node that all of its replicas share.
 pub struct RaftContext {
     pub log: Log,
     pub lanes: Arc<Lanes>,

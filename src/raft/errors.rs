@@ -8,29 +8,29 @@ use crate::sm::ports::StoreError;
 use crate::sm::recovery::FailureCause;
 use crate::types::{NodeId, ReplicaId};
 
-/// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or
-/// will yet be, applied.
+/// An error of a proposal. Only [`ProposeError::Unknown`] leaves open whether the proposal was, or
+/// will be, applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
-    /// Another replica leads, if any.
+    /// Another replica leads, or none.
     #[error("this replica does not lead")]
     NotLeader { leader: Option<NodeId> },
     #[error("overloaded: {limit}")]
     Overloaded { limit: String },
-    /// The deadline passed before it was proposed.
+    /// The deadline passed before the proposal was made.
     #[error("its time ran out before it was proposed")]
     Expired,
-    /// The replica stopped before it was proposed.
+    /// The replica stopped before the proposal was made.
     #[error("this replica has stopped: {reason}")]
     Stopped { reason: String },
-    /// Not every node of the cluster may be able to read it: nothing was proposed.
+    /// Nothing was proposed, because some node of the cluster may not be able to read it.
     #[error(
         "a {} needs level {}, which this cluster has not reached: upgrade all of its nodes",
         .needs.name(),
         .needs.level()
     )]
     NotYet { needs: Feature },
-    /// The replicas of the shard are not of one mind: nothing is written until they are.
+    /// The replicas of the shard differ: nothing is written until they agree.
     #[error("it is read-only: {reason}")]
     ReadOnly { reason: String },
     /// The disk of this node is nearly full.
@@ -48,14 +48,14 @@ impl ProposeError {
     }
 }
 
-/// Why a read could not be confirmed.
+/// An error of a linearizable read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
     #[error("this replica does not lead")]
     NotLeader { leader: Option<NodeId> },
     #[error("overloaded: {limit}")]
     Overloaded { limit: String },
-    /// No quorum confirmed in time that this replica still leads, or what is committed could not be
+    /// No quorum confirmed in time that this replica still leads, or what is committed was not
     /// applied in time.
     #[error("no quorum confirmed it in time")]
     Expired,
@@ -63,10 +63,10 @@ pub enum ReadError {
     Stopped { reason: String },
 }
 
-/// What a replica that was asked to stop says to those who still wait.
+/// Reason that a stopped replica gives to callers that still wait.
 pub(super) const SHUT_DOWN: &str = "it was shut down";
 
-/// Why leadership was not handed over.
+/// An error of a transfer of leadership.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TransferError {
     #[error("this replica does not lead")]
@@ -75,34 +75,34 @@ pub enum TransferError {
     NoVoter(ReplicaId),
     #[error("{replica} is {entries} entries behind")]
     Behind { replica: ReplicaId, entries: u64 },
-    /// The group may be without a leader for a moment.
+    /// The target did not take over in time; the group may be without a leader for a moment.
     #[error("{to} did not take over within {timeout:?}")]
     Late { to: ReplicaId, timeout: Duration },
     #[error("this replica has stopped")]
     Stopped,
 }
 
-/// Why a membership was not changed.
+/// An error of a change of a group's members.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MembershipError {
     #[error("this replica does not lead")]
     NotLeader { leader: Option<NodeId> },
-    /// An earlier change is under way, or the membership is not the expected one any more.
+    /// An earlier change is in progress, or the membership has changed since it was read.
     #[error("another change is under way or was made: {0}")]
     Conflict(String),
     #[error("it can't be done: {0}")]
     Invalid(String),
-    /// It may have been done in part: look at the committed membership.
+    /// The change may have been made in part: look at the committed membership.
     #[error("its outcome is unknown: {0}")]
     Unknown(String),
     #[error("this replica has stopped")]
     Stopped,
 }
 
-/// Why a replica does not open, or a group does not begin.
+/// An error of opening a replica, or of beginning a group.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Its map can't be rebuilt here. The other replicas of the group have all of it.
+    /// The map cannot be rebuilt here. The other replicas of the group have all of it.
     #[error(
         "replica {key} is lost: what it had cannot be rebuilt, because the log begins behind \
          {purged} and the snapshot before that is not usable ({reason}); the other replicas of the \
@@ -113,7 +113,7 @@ pub enum OpenError {
         purged: crate::types::LogId,
         reason: String,
     },
-    /// Its log is not the one that its map was applied from.
+    /// The log is not the one that the map was applied from.
     #[error(
         "replica {key} does not open: its log {log}, and its map has applied {applied}. The log \
          was replaced by an older copy, or has lost its end, and with it what this replica had \
@@ -125,7 +125,7 @@ pub enum OpenError {
         log: String,
         applied: crate::types::LogId,
     },
-    /// A replica that has a map is to be opened as a witness, or the other way round.
+    /// A replica with a map is to be opened as a witness, or the other way round.
     #[error("{0} is on this node as another kind of replica than it should be")]
     OtherKind(crate::storage::ReplicaKey),
     #[error("{0} is open already")]
@@ -138,17 +138,17 @@ pub enum OpenError {
     Log(#[source] std::io::Error),
     #[error("the map: {0}")]
     State(#[from] StoreError),
-    /// The log does not know it, and it was not to be created.
+    /// The log has no such replica, and it was not to be created.
     #[error("{0} is not on this node")]
     Missing(crate::storage::ReplicaKey),
-    /// What the log and the map hold does not fit together, or the replica has stopped.
+    /// The log and the map do not fit together, or the replica has stopped.
     #[error("raft: {0}")]
     Raft(String),
 }
 
 impl OpenError {
-    /// Whether there was no descriptor left to open a file by: that passes, and nothing is wrong
-    /// with what was to be opened.
+    /// Returns true if there was no file descriptor left. That passes, and nothing is wrong with
+    /// what was to be opened.
     pub fn lacks_descriptors(&self) -> bool {
         match self {
             OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => {
@@ -157,8 +157,7 @@ impl OpenError {
             _ => false,
         }
     }
-    /// Returns what kept the replica from being opened, as far as that decides what is done about
-    /// it.
+    /// Returns the cause, as far as it decides what is done about it.
     pub fn cause(&self) -> FailureCause {
         use std::io::ErrorKind::{InvalidData, QuotaExceeded, StorageFull, UnexpectedEof};
         match self {

@@ -15,10 +15,10 @@ use tokio::sync::Semaphore;
 
 use crate::budget::{Budget, Share};
 
-/// What a group may hold whatever the others do. A thousand groups have 16 MiB of it.
+/// Bytes that a group may hold whatever the others do; a thousand groups have 16 MiB of it.
 const ALWAYS_BYTES: usize = 16 << 10;
 
-/// Bytes that are held by one group, or in one lane.
+/// Bytes that one group, or one lane, holds of a budget.
 pub type HeldBytes = Arc<AtomicUsize>;
 
 #[derive(Debug)]
@@ -26,12 +26,12 @@ pub struct FairBudget {
     budget: Arc<Budget>,
 }
 
-/// What has been taken of a budget, given back when it is dropped.
+/// Bytes taken of a budget, given back when this is dropped.
 #[derive(Debug)]
 pub struct Reservation {
     held: HeldBytes,
     bytes: usize,
-    /// None of what is always taken.
+    /// None for what is always granted.
     _share: Option<Share>,
 }
 
@@ -42,16 +42,16 @@ impl FairBudget {
         }
     }
 
-    /// Returns the budget behind it, to be looked at.
+    /// Returns the budget behind it, for metrics.
     pub fn budget(&self) -> &Arc<Budget> {
         &self.budget
     }
 
-    /// Takes `bytes` for who holds `held`; none where there is no room for them.
+    /// Takes `bytes` for the owner of `held`; returns None if that is more than its fair share.
     pub fn take(&self, held: &HeldBytes, bytes: usize) -> Option<Reservation> {
         let before = held.load(Ordering::Relaxed);
         let share = match before.saturating_add(bytes) {
-            // Heartbeats and votes, also of a group whose entries have used up its share.
+            // Heartbeats and votes pass even if the entries of the group have used up its share.
             _ if bytes == 0 => None,
             0..=ALWAYS_BYTES => None,
             wanted => Some(self.share(wanted, bytes)?),
@@ -67,7 +67,8 @@ impl FairBudget {
     fn share(&self, wanted: usize, bytes: usize) -> Option<Share> {
         let (used, bytes_max) = (self.budget.used(), self.budget.bytes_max());
         let is_fair = used == 0 || wanted <= bytes_max.saturating_sub(used);
-        // More than there is takes all of it. Past what is free, this refuses, and counts that.
+        // A request for more than the whole budget takes all of it. One past its fair share is
+        // refused by the budget, which counts the refusal.
         let asked = if is_fair {
             bytes.min(bytes_max)
         } else {
@@ -83,22 +84,22 @@ impl Drop for Reservation {
     }
 }
 
-/// The budgets of a node.
+/// The memory budgets of a node.
 #[derive(Debug)]
 pub struct RaftBudgets {
-    /// Writes that wait to be proposed, and entries under way.
+    /// For writes that wait to be proposed, and entries that openraft has not answered.
     pub proposals: FairBudget,
-    /// Frames of peers that are worked on: what waits for the disk, above all.
+    /// For frames of peers that are being handled, above all those that wait for the disk.
     pub frames: FairBudget,
-    /// Frames that wait in lanes to be sent.
+    /// For frames that wait in lanes to be sent.
     pub outbox: FairBudget,
-    /// Turns to read and send a piece of a snapshot.
+    /// Permits to read and send a piece of a snapshot.
     pub snapshot_pieces: Semaphore,
 }
 
-/// For each of the three. With 1000 groups that all stall, each can hold 128 KiB.
+/// Bytes of each of the three budgets. A thousand groups that all stall can hold 128 KiB each.
 const ROOM_BYTES: usize = 128 << 20;
-/// Pieces of snapshots that are read and sent at once, of about a mebibyte with their frame.
+/// Pieces of snapshots, of about a mebibyte with their frame, that are read and sent at once.
 const SNAPSHOT_PIECES: usize = 16;
 
 impl Default for RaftBudgets {
@@ -108,7 +109,7 @@ impl Default for RaftBudgets {
 }
 
 impl RaftBudgets {
-    /// Returns budgets of so many bytes each.
+    /// Returns budgets of `bytes_max` bytes each.
     pub fn new(bytes_max: usize) -> Self {
         let budget = || FairBudget::new(bytes_max);
         let snapshot_pieces = Semaphore::new(SNAPSHOT_PIECES);
@@ -120,7 +121,7 @@ impl RaftBudgets {
         }
     }
 
-    /// Returns each with its name, as metrics call it.
+    /// Returns each budget with its name in metrics.
     pub fn named(&self) -> [(&'static str, &FairBudget); 3] {
         [
             ("proposals", &self.proposals),

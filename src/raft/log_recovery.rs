@@ -17,12 +17,12 @@ use crate::storage::ReplicaKey;
 use crate::storage::log::{LogState, ReplicaLog};
 use crate::types::LogId;
 
-/// Has the log begin behind what an installed snapshot holds, where a crash has kept that from
-/// being done. Durable when it returns.
+/// Purges the log through an installed snapshot, if a crash kept that from being done. Durable when
+/// it returns.
 ///
 /// # Errors
 ///
-/// When the log was purged past what is applied, or is not the one that was applied.
+/// If the log was purged past what is applied, or is not the one that was applied.
 pub async fn fit_log(
     key: ReplicaKey,
     log: &ReplicaLog,
@@ -66,7 +66,7 @@ pub async fn fit_log(
                 "the log makes way for the snapshot that was installed before the last end"
             );
         }
-        // Which of the two it is, its mark does not tell.
+        // The watermark of a witness does not tell which of the two cases this is.
         ReplicaStore::Witness(_) => tracing::warn!(
             replica = %key, %applied, ?last,
             "the log of a witness ends before its mark, and makes way for it: the process ended \
@@ -80,14 +80,14 @@ pub async fn fit_log(
     ended(|done| log.purge(applied, done)).await
 }
 
-/// Returns whether what is applied came as a whole from another replica, and not entry by entry
+/// Returns true if the applied state came as a whole from another replica, and not entry by entry
 /// from the log.
 fn is_installed(store: &ReplicaStore, applied: LogId) -> bool {
     match store {
         ReplicaStore::Map(state) => state.current_snapshot().is_some_and(|snapshot| {
             snapshot.applied().log_id == Some(applied) && snapshot.written_by() != state.key()
         }),
-        // Its mark does not tell which.
+        // A watermark does not tell where it came from.
         ReplicaStore::Witness(_) => true,
     }
 }

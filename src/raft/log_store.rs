@@ -26,8 +26,8 @@ use crate::storage::log::{Done, ReplicaLog};
 use crate::storage::map::{OnSynced, Synced};
 use crate::types::LogId;
 
-/// Bytes of entries in one append to a follower, and in one step of reading for apply. One entry at
-/// least is always read.
+/// Bytes of entries in one append to a follower, and in one read for apply. At least one entry is
+/// always read.
 const READ_BYTES_MAX: usize = 1 << 20;
 
 /// The log of one replica. Clones are the same log.
@@ -37,10 +37,10 @@ pub struct LogStore {
     tip: Arc<Tip>,
 }
 
-/// The end of a replica's log, for who waits until it grows.
+/// The end of a replica's log, for tasks that wait until it grows.
 #[derive(Debug)]
 pub struct Tip {
-    /// The last index, and one more: zero where there is none.
+    /// The last index plus one; zero if there is none.
     next: AtomicU64,
     grown: Arc<Notify>,
 }
@@ -65,7 +65,7 @@ impl Tip {
         self.next.load(Ordering::Acquire).checked_sub(1)
     }
 
-    /// Done when the log has grown after this call.
+    /// Resolves when the log has grown after this call.
     pub fn grown(&self) -> OwnedNotified {
         self.grown.clone().notified_owned()
     }
@@ -81,7 +81,7 @@ impl LogStore {
         &self.tip
     }
 
-    /// Every entry of the range that is in the log.
+    /// Returns every entry of `range` that is in the log.
     async fn read_all(&self, range: Range<u64>) -> io::Result<Vec<RaftEntry>> {
         let mut entries = Vec::new();
         let mut next = range.start;
@@ -101,7 +101,7 @@ impl LogStore {
         Ok(entries)
     }
 
-    /// What of `range` the log holds.
+    /// Returns the part of `range` that the log holds.
     fn clamp(&self, range: &impl RangeBounds<u64>) -> Range<u64> {
         let state = self.log.state();
         let start = match range.start_bound() {
@@ -128,7 +128,7 @@ async fn ended(operation: impl FnOnce(Done)) -> io::Result<()> {
         .map_err(|_| io::Error::other("the log was closed before that was done"))?
 }
 
-/// Issues an operation whose end need not be waited for. An error that is there at once is a
+/// Issues an operation without waiting until it is durable. An error that is there at once is a
 /// refusal.
 fn issued(operation: impl FnOnce(Done)) -> io::Result<()> {
     let (done, mut ended) = oneshot::channel();
@@ -161,7 +161,7 @@ impl RaftLogReader<Types> for LogStore {
         entries.into_iter().map(readable).collect()
     }
 
-    /// Reads as it goes, so that a long way to catch up is never in memory at once.
+    /// Reads piece by piece, so that a long log is never in memory at once.
     async fn entries_stream<R>(
         &mut self,
         range: R,
@@ -246,7 +246,7 @@ impl RaftLogStorage<Types> for LogStore {
     }
 }
 
-/// The log's side of a checkpoint.
+/// Lets a checkpoint wait until the log is durable.
 impl Synced for ReplicaLog {
     fn on_synced(&self, log_id: LogId, done: OnSynced) {
         ReplicaLog::on_synced(self, log_id, done);

@@ -8,26 +8,26 @@ use tokio::time::Instant;
 
 use super::transport::wire::SnapshotName;
 
-/// How long a replica waits for another map, or for the next piece of it, before it goes on with
+/// Time that a replica waits for another map, or for the next piece of it, before it goes on with
 /// its own.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Whether the map is held as it is, for another to take its place.
+/// Holds a map as it is while another is fetched to take its place.
 pub struct MapHold(watch::Sender<HoldState>);
 
 #[derive(Default)]
 struct HoldState {
-    /// Of the last hold: whoever waited for one before it must not end it.
+    /// Number of the last hold: a task that waits for an earlier one must not end a later one.
     number: u64,
     deadline: Option<HoldDeadline>,
-    /// The last snapshot that began to arrive, if that was for a map that was held.
+    /// The last snapshot that began to arrive, if the map was held then.
     arriving: Option<SnapshotName>,
 }
 
 #[derive(Clone, Copy)]
 enum HoldDeadline {
     Until(Instant),
-    /// All of another map is here, and takes its place as soon as it can.
+    /// All of another map has arrived, and takes its place as soon as it can.
     Exchanging,
 }
 
@@ -38,8 +38,8 @@ impl Default for MapHold {
 }
 
 impl MapHold {
-    /// Holds the map. Returns the number of a hold that begins; none if it was held already, and
-    /// then has new patience.
+    /// Holds the map. Returns the number of the hold; None if the map was held already, whose
+    /// deadline is then extended.
     pub fn set(&self) -> Option<u64> {
         if self.renew() {
             return None;
@@ -53,7 +53,8 @@ impl MapHold {
         Some(number)
     }
 
-    /// Something came of what is waited for. Returns whether the map is held.
+    /// Extends the deadline, because a piece of the new map has arrived. Returns true if the map is
+    /// held.
     pub fn renew(&self) -> bool {
         let mut is_held = false;
         self.0.send_if_modified(|hold| {
@@ -66,7 +67,7 @@ impl MapHold {
         is_held
     }
 
-    /// A snapshot begins to arrive.
+    /// Notes that a snapshot begins to arrive.
     pub fn note_arriving(&self, name: SnapshotName) {
         let is_held = self.renew();
         self.0.send_if_modified(|hold| {
@@ -75,13 +76,13 @@ impl MapHold {
         });
     }
 
-    /// Returns whether this snapshot began to arrive for a map that was held.
+    /// Returns true if this snapshot began to arrive while the map was held.
     pub fn expects(&self, name: SnapshotName) -> bool {
         self.0.borrow().arriving == Some(name)
     }
 
-    /// Has the hold last for as long as another map takes the place of this one. Returns its
-    /// number; none if the map is not held.
+    /// Suspends the deadline while another map takes the place of this one. Returns the number of
+    /// the hold; None if the map is not held.
     pub fn begin_exchange(&self) -> Option<u64> {
         let mut number = None;
         self.0.send_if_modified(|hold| {
@@ -94,13 +95,13 @@ impl MapHold {
         number
     }
 
-    /// Ends that hold, and no later one.
+    /// Ends the hold of this number, and no later one.
     pub fn end(&self, number: u64) {
         self.0
             .send_if_modified(|hold| hold.number == number && hold.deadline.take().is_some());
     }
 
-    /// Ends whatever hold there is.
+    /// Ends the current hold, whichever it is.
     pub fn clear(&self) {
         self.0
             .send_if_modified(|hold| hold.deadline.take().is_some());
@@ -113,7 +114,7 @@ impl MapHold {
     /// Waits until the map is not held.
     pub async fn wait(&self) {
         if self.is_set() {
-            // The sender lives as long as this: it can't be gone.
+            // The sender lives as long as this value, so the wait cannot fail.
             drop(
                 self.0
                     .subscribe()
@@ -123,7 +124,8 @@ impl MapHold {
         }
     }
 
-    /// Waits until that hold is over, and ends it when its patience does. Returns whether it did.
+    /// Waits until the hold of this number is over, and ends it at its deadline. Returns true if it
+    /// did.
     pub async fn outlast(&self, number: u64) -> bool {
         let mut seen = self.0.subscribe();
         let over = seen.wait_for(|hold| hold.number != number || hold.deadline.is_none());
@@ -143,7 +145,7 @@ impl MapHold {
         ran_out
     }
 
-    /// Waits until that hold has no patience left.
+    /// Waits until the deadline of the hold has passed.
     async fn run_out(&self, number: u64) {
         loop {
             let until = match *self.0.borrow() {

@@ -13,12 +13,12 @@ use super::replica::Replica;
 use super::types::{GroupMember, Types};
 use crate::types::{NodeId, ReplicaId};
 
-/// How long a change is waited for. One takes a commit or two.
+/// Time that a change may take. It takes a commit or two.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Replica {
-    /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a
-    /// member already.
+    /// Adds a replica that applies entries and has no vote. Returns when that is committed, or at
+    /// once if it is a member already.
     pub async fn add_learner(
         &self,
         replica: ReplicaId,
@@ -59,7 +59,7 @@ impl Replica {
         committed(self.raft.add_learner(replica, member, false)).await
     }
 
-    /// A witness that leads leaves that to the one that it hands over to.
+    /// Refuses changes on a witness: it leaves them to the leader that it hands over to.
     fn ensure_changes(&self) -> Result<(), MembershipError> {
         if self.is_witness() {
             Err(MembershipError::NotLeader { leader: None })
@@ -68,16 +68,16 @@ impl Replica {
         }
     }
 
-    /// Makes these the voters, all of which must be members. Voters that are none of them go on as
-    /// learners. Returns when that is committed. Does not look at whether learners among them have
-    /// caught up. After `Unknown` the group may be left between the old voters and the new, and the
-    /// change is to be asked for again.
+    /// Makes `voters` the voters of the group; all must be members. Voters that are not among them
+    /// become learners. Returns when that is committed. Does not check that learners among them
+    /// have caught up. After `Unknown` the group may be between the old voters and the new, and the
+    /// change is to be requested again.
     pub async fn change_voters(&self, voters: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
         self.ensure_changes()?;
         committed(self.raft.change_membership(voters, true)).await
     }
 
-    /// Takes learners out of the group.
+    /// Removes learners from the group.
     pub async fn remove_learners(
         &self,
         learners: BTreeSet<ReplicaId>,
@@ -91,7 +91,7 @@ impl Replica {
     }
 }
 
-/// Waits for a change, which has begun when this was polled once.
+/// Waits for `change`, which begins at its first poll, until a deadline.
 async fn committed<T>(
     change: impl Future<Output = Result<T, RaftError<Types, ClientWriteError<Types>>>>,
 ) -> Result<(), MembershipError> {

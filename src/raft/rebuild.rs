@@ -22,18 +22,18 @@ use super::types::vote_from_raft;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::SnapshotReceiver;
 use crate::types::{NodeId, ReplicaId};
-/// How often it is asked for more patience while its leader still writes the snapshot.
+/// Interval at which the leader extends the hold while it still writes the snapshot.
 const ASK_EVERY: Duration = Duration::from_secs(30);
-/// How long one request is waited for, and how long the log of a replica may be behind a snapshot.
+/// Time that one request may take, and that the log of a replica may lag behind the snapshot.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 const LOG_PAUSE: Duration = Duration::from_millis(5);
 
-/// Why a replica was not rebuilt. It is tried again after another comparison.
+/// An error of a rebuild. It is tried again after the next comparison.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct RebuildError(String);
 
-/// For as long as it lives the map stays held, while another takes its place.
+/// Keeps the map held while another takes its place; ends the hold when dropped.
 struct ExchangeGuard {
     apply_state: Arc<ApplyState>,
     number: u64,
@@ -46,12 +46,11 @@ impl Drop for ExchangeGuard {
 }
 
 impl Replica {
-    /// Has the replica on that node, which is not the one that leads, take this replica's map in
-    /// place of its own.
+    /// Makes `replica` on `node`, which does not lead, take this replica's map in place of its own.
     ///
     /// # Errors
     ///
-    /// When it did not; it goes on with its own map then, or when its patience ends.
+    /// If it did not. It then goes on with its own map, at the latest when its hold ends.
     pub async fn rebuild(&self, replica: ReplicaId, node: NodeId) -> Result<(), RebuildError> {
         let failed = |reason: String| RebuildError(reason);
         if !self.leads() {
@@ -77,8 +76,8 @@ impl Replica {
         let built = loop {
             match tokio::time::timeout(ASK_EVERY, &mut building).await {
                 Ok(built) => break built,
-                // Its patience must outlast a snapshot of any size. If it does not hear of it, it
-                // refuses what is sent.
+                // The hold must outlast a snapshot of any size. If this message is lost, the
+                // replica refuses the snapshot.
                 Err(_) => drop(
                     client
                         .ask(
@@ -101,7 +100,7 @@ impl Replica {
         sent.map(|_| ()).map_err(|error| failed(error.to_string()))
     }
 
-    /// Holds the map of this replica, for that of its leader to take its place.
+    /// Holds the map of this replica, for the map of its leader to take its place.
     pub(super) fn hold_map(&self, vote: &Vote) -> Result<PeerReply, PeerRefusal> {
         if self.leads() || !self.is_current(vote) {
             return Err(PeerRefusal::Failed("it does not follow who asks".into()));
@@ -128,11 +127,11 @@ impl Replica {
         Ok(PeerReply::Noted)
     }
 
-    /// Has a snapshot take the place of a map that is held, once the log holds all that is in it.
-    /// Returns it where no map is held: it is to be installed in the ordinary way.
+    /// Replaces a map that is held with a snapshot, once the log holds all that is in the snapshot.
+    /// Returns the snapshot if no map is held: it is then installed in the ordinary way.
     ///
-    /// One that was sent for a map which is held no more is refused: openraft would find nothing in
-    /// it to install, and the leader would be told that the map is rebuilt.
+    /// Refuses a snapshot that was sent for a map that is no longer held: openraft would find
+    /// nothing in it to install, and the leader would be told that the map is rebuilt.
     pub(super) fn take_rebuilt(
         &self,
         name: SnapshotName,
@@ -168,9 +167,10 @@ impl Replica {
                 }
 
                 let filling = apply_state.clone();
-                // An entry may just be applied to the one that is held.
+                // Waits for an entry that is just being applied to the held map.
                 let _turn = apply_state.turns.lock().await;
-                // It goes first: whoever has the turn next must not find a hold without a purpose.
+                // Moved in, so that the hold ends before the turn does: the next to lock the turn
+                // must not find a hold without a purpose.
                 let _taking = guard;
                 let filled = tokio::task::spawn_blocking(move || filling.exchange_map(&snapshot));
                 filled.await.map_err(|error| error.to_string())??;

@@ -43,14 +43,13 @@ use crate::types::{DirectoryId, GroupId, NodeId, ReplicaKind};
 /// Snapshots that are written at a time: each reads a whole map and syncs a large file.
 const SNAPSHOT_TURNS: usize = 1;
 
-/// KiB of frames that are being received and are so large that not all can be at once. The largest
-/// frame fits.
+/// KiB of large frames that may be received at once. The largest frame fits.
 const LARGE_FRAMES_KIB: usize = 128 << 10;
 
-/// How long a replica that has failed may take to hand over what it leads, before it is closed.
+/// Time that a failed replica may take to hand over its lead before it is closed.
 const FAILED_HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a registry is made of.
+/// The parts that a registry is made of.
 pub struct RegistryParts {
     pub identity: Arc<NodeIdentity>,
     pub resolver: Arc<dyn Resolver>,
@@ -62,11 +61,11 @@ pub struct RegistryParts {
     pub supervisor: Supervisor,
 }
 
-/// What was opened, and whether more is.
+/// Records the replicas that were opened, and whether more may be.
 #[derive(Default)]
 struct Opening {
     is_closed: bool,
-    /// How often this process has opened replicas, or has tried to.
+    /// How often this process has opened each replica, or tried to.
     tried: BTreeMap<ReplicaKey, u64>,
 }
 
@@ -80,8 +79,8 @@ pub struct Registry {
     context: Arc<RaftContext>,
     states: Arc<MapStore>,
     groups: RwLock<BTreeMap<GroupId, Arc<Replica>>>,
-    /// Held while a replica is opened or closed: they take their time, and two of a group must not
-    /// meet.
+    /// Locked while a replica is opened or closed: both take time, and two replicas of a group must
+    /// not meet.
     opening: Mutex<Opening>,
     election_timer: OnceLock<AbortOnDropHandle<()>>,
     closing: AtomicBool,
@@ -131,42 +130,42 @@ impl Registry {
         &self.identity
     }
 
-    /// When each peer was last heard of.
+    /// Returns when each peer was last heard from.
     pub fn liveness(&self) -> &PeerLiveness {
         &self.liveness
     }
 
-    /// Returns which peers this node can't connect to, and which said that of it.
+    /// Returns which peers this node can't connect to, and which can't connect to this node.
     pub fn reachability(&self) -> &Reachability {
         &self.reachability
     }
 
-    /// Returns the timings that peers have to share.
+    /// Returns the timings that all peers must share.
     pub(super) fn lease_timings(&self) -> LeaseTimings {
         LeaseTimings::from(&self.context.timings)
     }
 
-    /// The memory that the groups here have together.
+    /// Returns the memory budgets that the groups of this node share.
     pub fn budgets(&self) -> &RaftBudgets {
         &self.context.budgets
     }
 
-    /// How steadily the groups here are led.
+    /// Returns counts of campaigns and changes of leaders.
     pub fn elections(&self) -> &ElectionCounters {
         &self.context.elections
     }
 
-    /// The lanes that are served.
+    /// Returns the limits of the lanes that are served.
     pub fn lane_limiter(&self) -> &Arc<LaneLimiter> {
         &self.lane_limiter
     }
 
-    /// Returns what those who receive large frames share, in KiB.
+    /// Returns the permits for receiving large frames, in KiB.
     pub(super) fn large_frames(&self) -> &Arc<Semaphore> {
         &self.large_frames
     }
 
-    /// Returns whether the view that is known here has a node with this directory.
+    /// Returns true if `node` has this directory in the newest view that this node knows.
     pub(super) fn knows(&self, node: NodeId, directory: DirectoryId) -> bool {
         self.context
             .resolver
@@ -174,12 +173,12 @@ impl Registry {
             .is_some_and(|peer| peer.directory == directory)
     }
 
-    /// The replica of a group that lives here, if it has a map.
+    /// Returns the replica of a group that lives here, if it has a map.
     pub fn get(&self, group: GroupId) -> Option<Arc<Replica>> {
         self.replica(group).filter(|group| !group.is_witness())
     }
 
-    /// Every live replica that has a map, by group.
+    /// Returns every live replica that has a map, by group.
     pub fn groups(&self) -> Vec<Arc<Replica>> {
         self.replicas()
             .into_iter()
@@ -187,14 +186,14 @@ impl Registry {
             .collect()
     }
 
-    /// The witness of a group that lives here.
+    /// Returns the witness of a group that lives here.
     pub fn witness(&self, group: GroupId) -> Option<WitnessReplica> {
         self.replica(group)
             .filter(|group| group.is_witness())
             .map(WitnessReplica)
     }
 
-    /// Every live witness, by group.
+    /// Returns every live witness, by group.
     pub fn witnesses(&self) -> Vec<WitnessReplica> {
         self.replicas()
             .into_iter()
@@ -211,19 +210,19 @@ impl Registry {
         self.groups.read().values().cloned().collect()
     }
 
-    /// Shows each live replica to `visit`, which must be quick.
+    /// Calls `visit`, which must be quick, with each live replica.
     pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Replica>)) {
         self.groups.read().values().for_each(visit);
     }
 
-    /// Returns how far every replica of this node is, witnesses too.
+    /// Returns the positions of every replica of this node, witnesses too.
     pub fn progress(&self) -> Vec<ReplicaPosition> {
         let mut all = Vec::new();
         self.with_groups(|group| all.push(group.progress()));
         all
     }
 
-    /// Opens every replica that the log knows. One that does not open is left out, and said.
+    /// Opens every replica that the log knows. Returns those that do not open, and why.
     pub async fn open_all(self: &Arc<Self>) -> Vec<(ReplicaKey, OpenError)> {
         let mut failed = Vec::new();
         for key in self.context.log.replicas() {
@@ -234,32 +233,31 @@ impl Registry {
         failed
     }
 
-    /// When this peer was last heard of, on any lane.
+    /// Returns when this peer was last heard from, on any lane.
     pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
         self.liveness.last_heard(node)
     }
 
-    /// From now on that lanes break says nothing of who is at their other end: this node is about
-    /// to cut them itself.
+    /// Ignores broken lanes from now on, because this node is about to cut them itself.
     pub fn begin_to_close(&self) {
         self.closing.store(true, Ordering::Relaxed);
     }
 
-    /// A lane from this peer broke.
+    /// Notes that a lane from this peer broke.
     pub(super) fn on_lane_down(&self, node: NodeId) {
         if !self.closing.load(Ordering::Relaxed) && self.liveness.on_lane_down(node) {
             self.with_groups(|group| group.on_leader_disconnected(node));
         }
     }
 
-    /// Whether this peer has probably just ended: all of its lanes broke, and nothing was heard of
-    /// it since.
+    /// Returns true if the process of the peer has probably died: all of its lanes broke, and
+    /// nothing was heard from it since.
     pub fn is_disconnected(&self, node: NodeId) -> bool {
         self.liveness.is_disconnected(node)
     }
 
-    /// Opens a replica with a map. Where the log does not know it, it is created if it may be: the
-    /// mark of that is synced before its first answer.
+    /// Opens a replica with a map. If the log does not know it and `may_create` is set, creates it;
+    /// that is durable before its first answer.
     pub async fn open_replica(
         self: &Arc<Self>,
         key: ReplicaKey,
@@ -284,7 +282,7 @@ impl Registry {
         self.open(key, None, false).await.map(|_| ())
     }
 
-    /// Of no kind in particular: of that which it was created as.
+    /// Opens a replica. Without a `kind`, as the kind that it was created as.
     async fn open(
         self: &Arc<Self>,
         key: ReplicaKey,
@@ -310,8 +308,8 @@ impl Registry {
                 *tried += 1;
                 break (opening, log);
             }
-            // The disk may take its time, and others are opened and closed meanwhile. If this one
-            // is, it is synced once more.
+            // Syncing may take long, and other replicas are opened and closed meanwhile. If this
+            // one is, it is synced once more.
             synced = *tried;
             drop(opening);
             sync_vote(&log).await?;
@@ -357,8 +355,8 @@ impl Registry {
         AbortOnDropHandle::new(self.context.supervisor.start_alone("election timer", run))
     }
 
-    /// The file of a witness is there before its log is: else a crash between the two would leave a
-    /// replica of another kind.
+    /// Creates a replica in the log. The file of a witness is written first: a crash in between
+    /// would otherwise leave a replica of another kind.
     async fn create(
         &self,
         key: ReplicaKey,
@@ -405,7 +403,7 @@ impl Registry {
         Ok(opened?)
     }
 
-    /// Stops a replica; its data stays.
+    /// Stops a replica. Its data stays.
     pub async fn close_replica(&self, key: ReplicaKey) {
         let _opening = self.opening.lock().await;
         let group = self.replica(key.group).filter(|group| group.key() == key);
@@ -415,8 +413,8 @@ impl Registry {
         }
     }
 
-    /// Closes a replica that has failed, if it is open; first it hands over what it leads: others
-    /// can go on.
+    /// Closes a failed replica, if it is open. It first hands over its lead, so that others can go
+    /// on.
     pub async fn close_failed(&self, key: ReplicaKey) {
         let Some(group) = self.replica(key.group).filter(|group| group.key() == key) else {
             return;
@@ -433,18 +431,18 @@ impl Registry {
         self.close_replica(key).await;
     }
 
-    /// Returns why this process writes to maps no more; none as long as it does.
+    /// Returns the reason why this process no longer writes to maps, if it does not.
     pub fn maps_given_up(&self) -> Option<String> {
         self.states.given_up()
     }
 
-    /// The replicas that this node's log has, open or not.
+    /// Returns the replicas that this node's log has, open or not.
     pub fn stored(&self) -> Vec<ReplicaKey> {
         self.context.log.replicas()
     }
 
-    /// Stops a replica and forgets what it had, but not that its id was used. Only for one that is
-    /// retired: it takes its vote with it.
+    /// Stops a replica and deletes its data, but not the record that its id was used. Only for a
+    /// replica that is retired: its vote is lost.
     pub async fn wipe_replica(&self, key: ReplicaKey) -> Result<(), OpenError> {
         self.close_replica(key).await;
         let states = self.states.clone();
@@ -464,7 +462,7 @@ impl Registry {
             .map_err(|_| closed())?
             .map_err(OpenError::Log)?;
 
-        // Last: a witness whose log is there without its mark would open as a replica with a map.
+        // Deleted last: the log of a witness without this file would open as a replica with a map.
         let witnesses = self.states.witnesses().clone();
         let unmarked = tokio::task::spawn_blocking(move || witnesses.remove(key)).await;
         unmarked
@@ -472,7 +470,7 @@ impl Registry {
             .map_err(OpenError::State)
     }
 
-    /// Hands over every leadership that somebody can take, all at a time.
+    /// Transfers every leadership that another replica can take, all at once.
     pub async fn hand_over(&self, timeout: Duration) {
         let led = self.replicas().into_iter().filter(|group| group.leads());
         let with_successors = led.filter_map(|group| Some((group.best_successor()?, group)));
@@ -485,8 +483,8 @@ impl Registry {
         join_all(handed).await;
     }
 
-    /// Stops every replica and cuts the lanes. Hand over first where others are to go on without a
-    /// pause.
+    /// Stops every replica and cuts the lanes. Call [`Registry::hand_over`] first if others are to
+    /// go on without a pause.
     pub async fn shutdown(&self) {
         self.opening.lock().await.is_closed = true;
         let groups = std::mem::take(&mut *self.groups.write());
@@ -494,7 +492,7 @@ impl Registry {
         self.context.lanes.close().await;
     }
 
-    /// Begins to work on a request of another replica, if it is for one that lives here.
+    /// Begins to handle a request of another replica, if it is for one that lives here.
     pub(super) fn handle(
         &self,
         lane: Lane,
@@ -512,11 +510,11 @@ impl Registry {
     }
 }
 
-/// Waits until the log of a replica that has run before in this process is durable, votes and all.
-/// What is opened from a log takes all that is in it for synced, and answers others on the strength
-/// of that.
+/// Waits until the log of a replica that has run before in this process is durable, including its
+/// vote. A replica that is opened from a log takes everything in it for synced, and answers others
+/// on the strength of that.
 async fn sync_vote(log: &ReplicaLog) -> Result<(), OpenError> {
-    // Everything that was issued before it is synced before it.
+    // The log syncs everything that was issued before this vote first.
     let Some(vote) = log.state().vote else {
         return Ok(());
     };

@@ -52,11 +52,11 @@ pub struct Replica {
     pub(super) network: Network,
     pub(super) freshness: Freshness,
     pub(super) timer: ElectionTimer,
-    /// What the witnesses were last told that they need not keep.
+    /// The purge index that was last sent to the witnesses.
     pub(super) advertised_purge_index: AtomicU64,
-    /// Frames of the group that are being worked on.
+    /// Frames of the group that are being handled.
     pub(super) frames: Arc<AtomicUsize>,
-    /// And their bytes.
+    /// Bytes of those frames.
     pub(super) frame_bytes: HeldBytes,
     pub(super) opened: Instant,
     pub(super) timings: RaftTimings,
@@ -64,15 +64,15 @@ pub struct Replica {
     pub(super) watch: watch::Receiver<ReplicaWatch>,
     tasks: Mutex<Option<JoinSet<()>>>,
     is_stopping: Arc<AtomicBool>,
-    /// Why nothing is written.
+    /// The reason why this leader refuses writes.
     pub(super) alarm: Mutex<Option<String>>,
     pub(super) is_read_only: AtomicBool,
-    /// The term in which this replica led and gave up the lead; zero for none.
+    /// The term in which this replica gave up its lead; zero for none.
     pub(super) stepped_down: AtomicU64,
 }
 
 impl Replica {
-    /// Brings a replica to life from its log and what it keeps besides. It takes part at once.
+    /// Opens a replica from its log and its store. It takes part in its group at once.
     pub(super) async fn open(
         context: Arc<RaftContext>,
         log: ReplicaLog,
@@ -159,12 +159,13 @@ impl Replica {
             stepped_down: AtomicU64::new(0),
         };
         let group = Arc::new(group);
-        // Its tasks are started here, and start others.
+        // openraft starts its tasks here, and they start others.
         supervisor.within("openraft", || group.raft.run());
         Ok(group)
     }
 
-    /// It keeps the log and no map. The registry gives none out as a `Replica`.
+    /// Returns true if this replica keeps the log and no map. The registry hands none of these out
+    /// as a `Replica`.
     pub(super) fn is_witness(&self) -> bool {
         self.apply_state.store.witness().is_some()
     }
@@ -173,7 +174,7 @@ impl Replica {
         self.key
     }
 
-    /// The map. For a linearizable read await [`Replica::read_barrier`] first.
+    /// Returns the map. For a linearizable read await [`Replica::read_barrier`] first.
     pub fn state(&self) -> &ReplicaMap {
         self.apply_state
             .store
@@ -181,13 +182,13 @@ impl Replica {
             .expect("the registry gives no witness out as a group")
     }
 
-    /// Group time: what entries that are proposed now carry.
+    /// Returns the group time that entries proposed now carry.
     pub fn time_ms(&self) -> u64 {
         self.apply_state.clock.now_ms()
     }
 
-    /// Begins a new group with these voters, of which this replica must be one. Fine if it has
-    /// begun: each may do it, with the same ones.
+    /// Begins a new group with these voters, of which this replica must be one. Each of them may do
+    /// so, with the same voters; a group that has begun is left as it is.
     pub async fn initialize(&self, voters: &BTreeMap<ReplicaId, NodeId>) -> Result<(), OpenError> {
         let members: BTreeMap<ReplicaId, GroupMember> = voters
             .iter()
@@ -207,17 +208,17 @@ impl Replica {
         }
     }
 
-    /// Returns how often another map took the place of this replica's, which differed.
+    /// Returns how often a snapshot took the place of this replica's map because it differed.
     pub fn rebuilt(&self) -> u64 {
         self.apply_state.rebuilt.load(Ordering::Relaxed)
     }
 
-    /// Returns how long ago the map was last known to hold all that its leader had committed; none
-    /// if that was not since the start.
+    /// Returns how long ago the map was last known to hold all that its leader had committed; None
+    /// if it never was since the start.
     ///
-    /// A leader's own is complete for as long as nobody else can lead: for ever where it is the
-    /// only voter, and for the length of its lease where reads rest on leases. Else it is as old as
-    /// the last answer of a quorum: one that is cut off must not pass for fresh.
+    /// A leader's own map is complete as long as nobody else can lead: always if it is the only
+    /// voter, and for the length of its lease where reads rest on leases. Otherwise it is as old as
+    /// the last answer of a quorum, so that a leader that is cut off does not pass for fresh.
     pub fn staleness(&self) -> Option<Duration> {
         let fresh = self
             .freshness
@@ -243,11 +244,11 @@ impl Replica {
         }
     }
 
-    /// Returns how long ago a quorum answered what this replica, which leads, sent then: `acked`,
-    /// as openraft has it. The only voter is its own quorum, and openraft notes no time for that.
+    /// Returns how long ago a quorum answered this leader: `acked`, as openraft has it. The only
+    /// voter is its own quorum, for which openraft records no time.
     ///
-    /// It is given what it needs of the metrics, because its caller may be reading them: a second
-    /// read would wait for ever, behind a writer that waits for the first.
+    /// Takes what it needs of the metrics as an argument, because its caller may be reading them: a
+    /// second read would wait behind a writer that waits for the first, forever.
     fn quorum_acked(&self, watch: &ReplicaWatch, acked: Option<Duration>) -> Option<Duration> {
         let is_alone =
             watch.role == Role::Leader && watch.membership.voters.keys().eq([&self.key.replica]);
@@ -300,8 +301,8 @@ impl Replica {
         }
     }
 
-    /// Returns why this replica applies nothing more, if it was not asked to stop. A map may have
-    /// failed that is applied to only with the next entry.
+    /// Returns the reason why this replica applies nothing more, if it was not asked to stop.
+    /// Includes a failure of the map that only the next entry would meet.
     pub fn failure(&self) -> Option<String> {
         self.failure_of(&self.watch.borrow())
     }
@@ -315,17 +316,17 @@ impl Replica {
             .or_else(of_map)
     }
 
-    /// Returns how many writes wait to be proposed here, and how many reads to be confirmed.
+    /// Returns the number of writes that are queued here, and of reads.
     pub fn queued(&self) -> (usize, usize) {
         (self.proposer.queued_len(), self.reads.queued_len())
     }
 
-    /// What changes seldom: the leader, the membership, a failure.
+    /// Watches what changes seldom: the leader, the membership, a failure.
     pub fn watch(&self) -> watch::Receiver<ReplicaWatch> {
         self.watch.clone()
     }
 
-    /// As far as this replica knows.
+    /// Returns true if this replica leads, as far as it knows.
     pub fn leads(&self) -> bool {
         let watch = self.watch.borrow();
         watch.role == Role::Leader && !self.has_stepped_down(&watch)
@@ -336,34 +337,35 @@ impl Replica {
         watch.leader.filter(|_| !self.has_stepped_down(&watch))
     }
 
-    /// Index of the last applied entry, as it grows.
+    /// Watches the index of the last applied entry.
     pub fn watch_applied(&self) -> watch::Receiver<u64> {
         self.apply_state.applied.subscribe()
     }
 
-    /// Whether the group has begun, as this replica knows.
+    /// Returns true if the group has begun, as far as this replica knows.
     pub fn is_initialized(&self) -> bool {
         self.watch.borrow().membership.log_id.is_some()
     }
 
-    /// Whether entries wait for the disk.
+    /// Returns true if entries wait to be synced.
     pub(super) fn has_unsynced(&self) -> bool {
         self.log.state().last > self.log.synced()
     }
 
-    /// Runs something that belongs to the group, until the group ends.
+    /// Runs a task until the replica stops.
     pub(super) fn supervise(&self, task: impl Future<Output = ()> + Send + 'static) {
         if let Some(tasks) = &mut *self.tasks.lock() {
             self.context.supervisor.start(tasks, "replica", task);
         }
     }
 
-    /// Stops the replica. What waits is told so; entries under way are unknown.
+    /// Stops the replica. Callers that are queued are told so; entries in flight have an unknown
+    /// outcome.
     pub async fn shutdown(&self) {
         self.is_stopping.store(true, Ordering::Relaxed);
         self.proposer.close(SHUT_DOWN);
         self.reads.close(SHUT_DOWN);
-        // Else openraft would wait for a map that does not come any more.
+        // Otherwise openraft would wait for a map that will not come.
         self.apply_state.hold.clear();
         let _ = self.raft.shutdown().await;
         let tasks = self.tasks.lock().take();
@@ -373,7 +375,7 @@ impl Replica {
     }
 }
 
-/// What the watchers of a group see now.
+/// Returns what the watchers of a replica see now.
 fn look(raft: &RaftHandle, failure: Option<String>) -> ReplicaWatch {
     let metrics = raft.server_metrics();
     let metrics = metrics.borrow_watched();
@@ -402,7 +404,7 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> ReplicaWatch {
     }
 }
 
-/// Publishes changes until openraft ends, and then why it did.
+/// Publishes changes until openraft ends, and then the reason why it did.
 async fn monitor(
     key: ReplicaKey,
     raft: RaftHandle,

@@ -6,10 +6,10 @@ use crate::storage::ReplicaKey;
 use crate::storage::map::{Applied, ReplicaMap};
 use crate::storage::snapshot::Snapshot;
 
-/// What a replica keeps of what it applies.
+/// The state that a replica keeps of the entries that it applies.
 pub enum ReplicaStore {
     Map(ReplicaMap),
-    /// Nothing but how far it is.
+    /// A witness keeps only how far it is.
     Witness(WitnessStore),
 }
 
@@ -43,10 +43,10 @@ impl ReplicaStore {
     }
 }
 
-/// What replicas give each other in place of a log.
+/// The state that replicas send each other in place of the beginning of the log.
 #[derive(Debug, Clone)]
 pub enum SnapshotData {
     Map(Snapshot),
-    /// Of a witness, or for one: it holds no data.
+    /// From a witness, or for one: holds no data.
     Watermark(Applied),
 }

@@ -40,7 +40,7 @@ impl AsyncRuntime for Runtime {
         T: Future + OptionalSend + 'static,
         T::Output: OptionalSend + 'static,
     {
-        // Openraft looks at the end of few of its tasks, and at none of it when it is a panic.
+        // openraft awaits few of its tasks, and notices a panic of none of them.
         Tokio::spawn(supervisor::inherit(future))
     }
 
@@ -101,7 +101,7 @@ pub fn seed_this_thread(seed: Option<u64>) {
 pub struct Random;
 
 impl Random {
-    /// Below `bound`, about evenly; zero for zero.
+    /// Returns a number below `bound`, about evenly distributed; zero for zero.
     pub fn below(self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }
@@ -118,8 +118,8 @@ impl Random {
     }
 }
 
-/// One step of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators"):
-/// the next state and its number.
+/// Returns the next state and its number: one step of SplitMix64 (Steele, Lea, Flood: "Fast
+/// splittable pseudorandom number generators").
 fn split_mix(state: u64) -> (u64, u64) {
     let state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -6,8 +6,8 @@ use crate::sm::ports::StoreError;
 use crate::storage::{Checked, background};
 
 impl Replica {
-    /// Writes the snapshot file anew, though it is of the same entry: what is on the disk has
-    /// rotted.
+    /// Rewrites the snapshot file, though it is of the same entry, because its bytes on the disk
+    /// are damaged.
     ///
     /// # Errors
     ///
@@ -27,14 +27,14 @@ impl Replica {
         written
             .map_err(|error| failed(std::io::Error::other(error)))?
             .map_err(failed)??;
-        // It takes the file that was just written.
+        // openraft takes the file that was just written.
         let _ = self.raft.trigger().snapshot().await;
         Ok(())
     }
 }
 
 impl WitnessReplica {
-    /// Reads its file again. Blocking.
+    /// Reads the file of the witness again, and compares it with what it should say. Blocking.
     pub fn check_file(&self) -> Checked {
         self.0
             .apply_state
@@ -43,7 +43,7 @@ impl WitnessReplica {
             .map_or(Checked::Unread, |state| state.check_file())
     }
 
-    /// Has its file say again what it says. Blocking.
+    /// Rewrites the file of the witness. Blocking.
     pub fn rewrite_file(&self) -> Result<(), StoreError> {
         self.0
             .apply_state

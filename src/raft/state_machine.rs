@@ -30,14 +30,14 @@ use crate::storage::background;
 use crate::storage::map::{Applied, ReplicaMap};
 use crate::storage::snapshot::Snapshot;
 
-/// openraft, over our log, network and state machine.
+/// openraft over our log, network and state machine.
 pub type RaftHandle = openraft::Raft<Types, StateMachine>;
 
-/// After this many entries others get a turn on the thread: an entry holds up to a few hundred
-/// writes.
+/// Entries that are applied before other tasks get a turn on the thread; an entry holds up to a few
+/// hundred writes.
 const ENTRIES_PER_TURN: usize = 8;
 
-/// For as long as it lives a snapshot is being installed.
+/// Marks that a snapshot is being installed, until it is dropped.
 struct InstallGuard(Arc<ApplyState>);
 
 impl InstallGuard {
@@ -53,16 +53,16 @@ impl Drop for InstallGuard {
     }
 }
 
-/// Owned by openraft's worker; clones share the machine.
+/// The state machine as openraft's worker owns it. Clones share the [`ApplyState`].
 #[derive(Clone)]
 pub struct StateMachine {
     apply_state: Arc<ApplyState>,
     is_meta: bool,
-    /// Kept encoded as it is written with every entry.
+    /// Kept encoded, because it is written with every entry.
     membership: bytes::Bytes,
-    /// How often the map was another since, of what [`ApplyState::rebuilt`] counts.
+    /// The count of [`ApplyState::rebuilt`] that was seen last.
     rebuilt_seen: u64,
-    /// The last entry that is in a map which took the place of another.
+    /// The last entry that is in a map which took the place of this one.
     rebuilt_upto: Option<u64>,
 }
 
@@ -80,7 +80,7 @@ impl StateMachine {
         }
     }
 
-    /// Makes of an entry what is to be done with the map.
+    /// Returns what has to be done with the map for an entry.
     fn work(&mut self, id: RaftLogId, payload: RaftPayload, audience: kv::Audience) -> EntryWork {
         let proposal = match payload {
             EntryPayload::Normal(proposal) => Some(proposal),
@@ -104,7 +104,7 @@ impl StateMachine {
         }
     }
 
-    /// Goes on from the map that was put in the place of the one that was held.
+    /// Goes on from the map that took the place of the one that was held.
     fn take_over_map(&mut self) -> io::Result<()> {
         let applied = self.apply_state.store.applied();
         self.membership = applied.membership;
@@ -114,8 +114,8 @@ impl StateMachine {
             .map_err(|error| self.apply_state.fatal(error))
     }
 
-    /// Returns whether an entry has its effects in the map already: it is in one that was put in
-    /// the place of another.
+    /// Returns true if the map has the effects of an entry already, because it took the place of
+    /// another.
     fn is_in_map(&self, index: u64) -> bool {
         self.rebuilt_upto.is_some_and(|upto| index <= upto)
     }
@@ -185,8 +185,8 @@ impl RaftStateMachine<Types> for StateMachine {
         Ok(())
     }
 
-    /// Openraft is given the snapshot that `Replica::build_snapshot` has made: building is ours to
-    /// decide, and an error of it must not stop the group.
+    /// Gives openraft the snapshot that `Replica::build_snapshot` has made: the node decides when
+    /// to build one, and a failure must not stop the group.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
         let made = if force {
             None
@@ -200,8 +200,8 @@ impl RaftStateMachine<Types> for StateMachine {
         self.builder(None)
     }
 
-    /// Openraft answers nobody until it is done: what takes long was done before, by
-    /// `snapshots::install`.
+    /// Installs a snapshot. openraft answers nobody until this is done, so what takes long was done
+    /// before, by `snapshots::install`.
     async fn install_snapshot(
         &mut self,
         _meta: &SnapshotMeta,
@@ -249,7 +249,7 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 }
 
-/// What there is in place of the beginning of the log, if it is durable.
+/// Returns what is durable in place of the beginning of the log.
 fn current(store: &ReplicaStore) -> Option<SnapshotData> {
     match store {
         ReplicaStore::Map(state) => state.current_snapshot().map(SnapshotData::Map),
@@ -295,8 +295,8 @@ pub async fn build(state: &ReplicaMap) -> Result<Snapshot, StoreError> {
     })?
 }
 
-/// Has the file of a witness say what it has applied, once its log holds that durably: else a power
-/// cut could leave a file that claims entries which the log has lost.
+/// Writes what a witness has applied to its file, once the log holds that durably: otherwise a
+/// power cut could leave a file that claims entries which the log has lost.
 pub async fn write_watermark(apply_state: &Arc<ApplyState>) -> Result<Applied, StoreError> {
     let applied = match &apply_state.store {
         ReplicaStore::Witness(state) => state.settled().await?,
@@ -318,7 +318,7 @@ pub async fn write_watermark(apply_state: &Arc<ApplyState>) -> Result<Applied, S
     })?
 }
 
-/// A snapshot with what openraft wants to know of it.
+/// Returns a snapshot with the metadata that openraft needs.
 pub fn with_meta(data: SnapshotData) -> io::Result<SnapshotOf<Types, SnapshotData>> {
     let applied = match &data {
         SnapshotData::Map(snapshot) => snapshot.applied(),

@@ -11,7 +11,7 @@ use super::types::{StoredMembership, from_raft};
 use crate::storage::ReplicaKey;
 use crate::types::{LogId, NodeId, ReplicaId};
 
-/// What a replica is in its group.
+/// The role of a replica in its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     Leader,
@@ -27,12 +27,11 @@ pub enum Role {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leader {
     pub replica: ReplicaId,
-    /// None if the membership that is known here does not name it, or it is a witness, which serves
-    /// nobody.
+    /// None if the membership known here does not name it, or it is a witness, which serves nobody.
     pub node: Option<NodeId>,
 }
 
-/// A replica at a moment.
+/// The state of a replica at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RaftStatus {
     pub key: ReplicaKey,
@@ -45,22 +44,24 @@ pub struct RaftStatus {
     pub applied: Option<LogId>,
     pub snapshot: Option<LogId>,
     pub purged: Option<LogId>,
-    /// The membership in effect, perhaps not committed.
+    /// The membership in effect, which may not be committed.
     pub membership: GroupMembership,
-    /// Why the replica has stopped, if it was not asked to.
+    /// The reason why the replica has stopped, if it was not asked to.
     pub failed: Option<String>,
-    /// Of a leader: how long ago a quorum answered what was sent to it then.
+    /// For a leader, how long ago a quorum answered what it had sent then.
     pub quorum_acked: Option<Duration>,
-    /// How long ago the leader was heard of; zero for the leader itself, none since the start.
+    /// How long ago the leader was heard from; zero for the leader itself, None if never since the
+    /// start.
     pub leader_heard: Option<Duration>,
-    /// Of a leader: through where each replica's log is known to match its own.
+    /// For a leader, the last entry of each replica's log that is known to match its own.
     pub matched: BTreeMap<ReplicaId, Option<LogId>>,
 }
 
 impl RaftStatus {
-    /// Through where the log may be purged at no cost to others: up to the snapshot, but a leader
-    /// keeps what a member that is near still lacks, because past that only a whole snapshot would
-    /// bring it up to date. None: it may not be purged further than it is.
+    /// Returns the index through which the log may be purged at no cost to others, if that is
+    /// further than it is. That is the snapshot; but a leader keeps what a member for which
+    /// `is_near` holds still lacks, because only a whole snapshot would bring it up to date
+    /// otherwise.
     pub fn purgeable(&self, is_near: impl Fn(NodeId) -> bool) -> Option<u64> {
         let snapshot = self.snapshot?.index;
         let members = self
@@ -84,9 +85,9 @@ impl RaftStatus {
         (upto > self.purged.map_or(0, |id| id.index)).then_some(upto)
     }
 
-    /// Through where everything is committed, and durable on every member that has a map: what a
-    /// witness need not keep. None where that is not known, as of a member that was not heard of in
-    /// this term.
+    /// Returns the index through which everything is committed, and durable on every member that
+    /// has a map: a witness need not keep the log up to there. None if that is not known, as for a
+    /// member not heard from in this term.
     pub fn matched_by_all(&self) -> Option<u64> {
         let members = self
             .membership
@@ -101,23 +102,23 @@ impl RaftStatus {
     }
 }
 
-/// Who belongs to a group.
+/// The members of a group.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GroupMembership {
-    /// Of the entry that says so; none before the group has begun.
+    /// The entry that set it; None before the group has begun.
     pub log_id: Option<LogId>,
     pub voters: BTreeMap<ReplicaId, NodeId>,
     pub learners: BTreeMap<ReplicaId, NodeId>,
-    /// Those of both that keep the log and no map.
+    /// The voters and learners that keep the log and no map.
     pub witnesses: BTreeSet<ReplicaId>,
-    /// Not in the middle of a change of voters. While it is not, `voters` are those of both sides.
+    /// False in the middle of a change of voters, while `voters` are those of both sides.
     pub is_uniform: bool,
 }
 
 impl GroupMembership {
-    /// How many come before `key` among the voters that may lead after `leader`, in an order that
-    /// all of them know. It begins with another for each group, so that not all groups of a node
-    /// that ended come to the same.
+    /// Returns the rank of `key` among the voters that may lead after `leader`, in an order that
+    /// all of them know. The order starts with another voter in each group, so that not all groups
+    /// of a node that died go to the same successor.
     pub fn rank_after(&self, leader: ReplicaId, key: ReplicaKey) -> u32 {
         let mut heirs: Vec<ReplicaId> = self
             .voters
@@ -133,7 +134,7 @@ impl GroupMembership {
             .unwrap_or(0)
     }
 
-    /// Where a member is.
+    /// Returns the node of a member.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
         self.voters
             .get(&replica)
@@ -141,7 +142,7 @@ impl GroupMembership {
             .copied()
     }
 
-    /// Voters and learners.
+    /// Returns all voters and learners.
     pub fn members(&self) -> BTreeSet<ReplicaId> {
         self.voters
             .keys()
@@ -182,37 +183,37 @@ impl From<&StoredMembership> for GroupMembership {
     }
 }
 
-/// What changes seldom, and is worth waking for.
+/// The part of a replica's state that changes seldom, and that watchers wait for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplicaWatch {
     pub role: Role,
     pub leader: Option<Leader>,
     pub term: u64,
     pub membership: GroupMembership,
-    /// The last membership that is committed here.
+    /// The last membership that is committed, as far as this replica knows.
     pub committed_membership: GroupMembership,
-    /// Why the replica has stopped, if it was not asked to.
+    /// The reason why the replica has stopped, if it was not asked to.
     pub failure: Option<String>,
 }
 
-/// How old a follower's map may be: when it was last known to hold all that its leader had
+/// Records how fresh a follower's map is: when it was last known to hold all that its leader had
 /// committed.
 #[derive(Debug, Default)]
 pub struct Freshness(Mutex<FreshnessState>);
 
 #[derive(Debug, Default)]
 struct FreshnessState {
-    /// When an append of a leader was last taken.
+    /// When an append of a leader was last accepted.
     last: Option<Instant>,
-    /// A commit that was heard of, and when. Kept until it is applied, or it would never be while
-    /// commits go on.
+    /// A commit that the leader has announced, and when. Kept until it is applied; replacing it
+    /// with later ones would mean that it never is.
     awaited: Option<(Instant, u64)>,
-    /// The map held all that was committed at this time.
+    /// When the map held all that was committed.
     fresh: Option<Instant>,
 }
 
 impl Freshness {
-    /// An append of the leader was taken, which had committed through this index.
+    /// Notes that an append of a leader was accepted, which had committed through `commit`.
     pub fn note_append(&self, commit: u64, applied: u64) {
         let now = Instant::now();
         let mut state = self.0.lock();
@@ -222,12 +223,13 @@ impl Freshness {
         state.advance(applied);
     }
 
-    /// When the leader was last heard of.
+    /// Returns when the leader was last heard from.
     pub fn last_heard(&self) -> Option<Instant> {
         self.0.lock().last
     }
 
-    /// When the map was last known to hold all that its leader had committed; none since the start.
+    /// Returns when the map was last known to hold all that its leader had committed; None if never
+    /// since the start.
     pub fn fresh_at(&self, applied: u64) -> Option<Instant> {
         let mut state = self.0.lock();
         state.advance(applied);

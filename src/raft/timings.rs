@@ -19,33 +19,33 @@ use openraft::{Config, SnapshotPolicy};
 
 use crate::storage::ReplicaKey;
 
-/// Timing of the groups of a node. All nodes of a cluster should have the same.
+/// Timings of the groups of a node. All nodes of a cluster should have the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RaftTimings {
     pub heartbeat_ms: u64,
-    /// Acknowledged appends stand for heartbeats for this long.
+    /// How long an acknowledged append stands for a heartbeat.
     pub heartbeat_skip_ms: u64,
     pub election_ms_min: u64,
-    /// Also how long a leader's lease is.
+    /// Longest election timeout, which is also the length of a leader's lease.
     pub election_ms_max: u64,
-    /// How long an append may be without a reply.
+    /// Time that an append may be without a reply.
     pub append_timeout_ms: u64,
-    /// How long one step of sending a snapshot may take.
+    /// Time that one step of sending a snapshot may take.
     pub snapshot_step_ms: u64,
-    /// How much longer than others a witness waits before it campaigns of its own accord: those
-    /// that can serve go first.
+    /// Extra time that a witness waits before it campaigns, so that replicas that can serve go
+    /// first.
     pub witness_patience_ms: u64,
     pub lease: LeaseReads,
 }
 
-/// Whether reads may rest on the leader's lease instead of a round to a quorum.
+/// Selects how linearizable reads are confirmed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseReads {
     /// Every read is confirmed by a quorum.
     Off,
-    /// A read needs no round while a quorum has answered within the lease less this margin, for
-    /// clocks that drift apart. A replica that starts neither votes nor campaigns for a lease and
-    /// this margin: it may have given a lease before.
+    /// A read needs no quorum while one has answered within the lease less this margin, for clocks
+    /// that drift apart. A replica that starts neither votes nor campaigns for a lease and this
+    /// margin, because it may have granted a lease before.
     On { drift_ms: u64 },
 }
 
@@ -65,7 +65,8 @@ impl Default for RaftTimings {
 }
 
 impl RaftTimings {
-    /// Every time `factor` times as long, but for those that are deadlines for the way to a peer.
+    /// Returns timings that are `factor` times as long, except for deadlines of a connection to a
+    /// peer.
     pub fn slower(&self, factor: u64) -> Self {
         Self {
             heartbeat_ms: self.heartbeat_ms * factor,
@@ -77,7 +78,7 @@ impl RaftTimings {
         }
     }
 
-    /// How often the node looks whether a group has something to do.
+    /// Returns how often the node checks whether a group has something to do.
     pub fn tick_interval(&self) -> Duration {
         Duration::from_millis((self.heartbeat_ms / 6).clamp(5, 100))
     }
@@ -90,7 +91,8 @@ impl RaftTimings {
         Duration::from_millis(self.snapshot_step_ms)
     }
 
-    /// A read may rest on answers of a quorum this recent. None: it needs a round.
+    /// Returns how recent the answers of a quorum must be for a read to rest on them; None if every
+    /// read needs a round.
     pub fn lease_age_max(&self) -> Option<Duration> {
         match self.lease {
             LeaseReads::Off => None,
@@ -100,7 +102,7 @@ impl RaftTimings {
         }
     }
 
-    /// Returns how long a leader's lease is, where reads rest on leases.
+    /// Returns the length of a leader's lease, where reads rest on leases.
     pub fn lease(&self) -> Option<Duration> {
         match self.lease {
             LeaseReads::Off => None,
@@ -112,7 +114,7 @@ impl RaftTimings {
         Duration::from_millis(self.witness_patience_ms)
     }
 
-    /// How long after its start a replica may be bound by a lease that it has forgotten.
+    /// Returns how long after its start a replica may be bound by a lease that it has forgotten.
     pub fn forgotten_lease(&self) -> Duration {
         match self.lease {
             LeaseReads::Off => Duration::ZERO,
@@ -120,7 +122,7 @@ impl RaftTimings {
         }
     }
 
-    /// What openraft is told for one replica.
+    /// Returns the configuration of openraft for one replica.
     pub(super) fn config(&self, key: ReplicaKey) -> Result<Arc<Config>, openraft::ConfigError> {
         let config = Config {
             cluster_name: key.to_string(),
@@ -132,22 +134,23 @@ impl RaftTimings {
             // A restarted leader must be elected: it can't know what was committed since.
             enable_leader_restore: Some(false),
             // Without it a leader that reaches its followers but is not reached by them would lead
-            // for ever (openraft #2080).
+            // forever (openraft #2080).
             quorum_loss_probe_interval: Some(self.election_ms_max * 3),
             install_snapshot_timeout: self.snapshot_step_ms,
-            // How many entries an append holds is bounded in bytes by the log store.
+            // The log store bounds an append in bytes; this only bounds the number of entries.
             max_payload_entries: 1024,
-            // The node's election timer does what ticks would.
+            // The node's election timer replaces ticks.
             enable_tick: false,
-            // When a snapshot is due is the node's to decide: it weighs bytes.
+            // The node decides when a snapshot is due, by bytes.
             snapshot_policy: SnapshotPolicy::Never,
-            // It would take no notice of snapshots that are under way to followers, who need what
-            // follows them (`feeds`). And a witness purges only what it is told to: it has nothing
-            // else to bring others up to date with.
+            // openraft would ignore snapshots that are on their way to followers, who need the log
+            // that follows them (`transport/snapshot_transfers`). And a witness must purge only
+            // what it is told to, because the log is all that it can bring others up to date with.
             max_in_snapshot_log_to_keep: u64::MAX,
-            // "Caught up" for a learner that is added.
+            // Lag within which a learner that is added counts as caught up.
             replication_lag_threshold: 1024,
-            // Sized for one group per process by default; the proposer keeps few entries under way.
+            // The defaults are sized for one group per process; the proposer keeps few entries in
+            // flight.
             api_batch_capacity: 256,
             api_channel_size: Some(1024),
             notification_channel_size: Some(1024),

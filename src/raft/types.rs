@@ -20,7 +20,7 @@ use crate::sm::{codec, kv};
 use crate::storage::log::{self, LogPayload};
 use crate::types::{LogId, NodeId, ReplicaId};
 
-/// What openraft is told about us.
+/// The types that openraft is instantiated with.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Types;
 
@@ -70,7 +70,7 @@ impl fmt::Display for Proposal {
     }
 }
 
-/// What applying an entry answered. Stays in memory.
+/// The result of applying an entry. Stays in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ApplyOutcome {
     /// The entry was Raft's own.
@@ -79,23 +79,24 @@ pub enum ApplyOutcome {
     Meta(meta::MetaOutcome),
 }
 
-/// Where a replica is.
+/// The node of a replica, and the kind of the replica.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupMember {
     pub node: NodeId,
-    /// It keeps the log and no map.
+    /// True for a replica that keeps the log and no map.
     pub is_witness: bool,
 }
 
 impl GroupMember {
-    /// The node to send others to, if this is to lead; none of a witness, which serves nobody.
+    /// Returns the node that clients should be sent to if this member leads; None for a witness,
+    /// which serves nobody.
     pub fn serving_node(&self) -> Option<NodeId> {
         (!self.is_witness).then_some(self.node)
     }
 }
 
-/// Hands a result on in place: an answer wakes whoever waits for it without a task or a channel of
-/// its own between.
+/// Calls a function with the result: an answer wakes its caller without a task or channel in
+/// between.
 pub struct ResponderFn<T>(pub Box<dyn FnOnce(T) + Send>);
 
 impl<T: OptionalSend + 'static> Responder<Types, T> for ResponderFn<T> {
@@ -124,7 +125,8 @@ pub fn vote_from_raft(vote: &RaftVoteOf) -> log::Vote {
     }
 }
 
-/// None of a vote for nobody, which is never written here.
+/// Converts a vote to openraft's. Returns None for a vote without a candidate; such votes are never
+/// persisted.
 pub fn vote_to_raft(vote: &log::Vote) -> Option<RaftVoteOf> {
     let candidate = vote.voted_for?;
     Some(match vote.committed {
@@ -133,18 +135,18 @@ pub fn vote_to_raft(vote: &log::Vote) -> Option<RaftVoteOf> {
     })
 }
 
-/// A membership as it is written to logs, snapshots and frames: a format of ours, so that it stays
-/// when openraft's changes.
+/// A membership as it is written to logs, snapshots and frames. The format is ours, so that it
+/// stays when openraft's changes.
 #[derive(Serialize, Deserialize)]
 struct MembershipRecord {
-    /// One set of voters; two while a change is under way (joint consensus).
+    /// One set of voters; two while a change is in progress (joint consensus).
     voters: Vec<BTreeSet<ReplicaId>>,
-    /// Every member, the learners too.
+    /// Every member, including learners.
     members: BTreeMap<ReplicaId, NodeId>,
 }
 
-/// The format of memberships in which the members that are witnesses follow. Those without any are
-/// written in the first.
+/// Format of memberships that are followed by their witnesses. Memberships without witnesses are
+/// written in the first format.
 const WITH_WITNESSES: u8 = 2;
 
 type Witnesses = BTreeSet<ReplicaId>;
@@ -167,8 +169,8 @@ pub fn decode_membership(bytes: &[u8]) -> Result<RaftMembership, StoreError> {
     membership(record, &witnesses)
 }
 
-/// With the log id that it was written under. Empty bytes stand for the membership of a group that
-/// has none yet.
+/// Encodes a membership with the log id under which it was written. Empty bytes stand for the
+/// membership of a group that has none yet.
 pub fn encode_stored_membership(stored: &StoredMembership) -> Bytes {
     let Some(id) = stored.log_id() else {
         return Bytes::new();

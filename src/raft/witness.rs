@@ -29,16 +29,16 @@ use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::types::ReplicaId;
 
-/// Between two looks of a witness that leads at whether another is up to date.
+/// Interval at which a witness that leads checks whether another is up to date.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// How long another is given to take over.
+/// Time that another replica may take to take over.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a witness is given to answer what it is told.
+/// Time that a witness may take to answer.
 const ADVERTISE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Less than this is not worth writing the file anew for.
+/// Log that is not worth rewriting the file for.
 const PURGE_BYTES_MIN: u64 = 4 << 20;
 
-/// A witness of this node.
+/// A witness that lives on this node.
 #[derive(Clone)]
 pub struct WitnessReplica(pub(super) Arc<Replica>);
 
@@ -51,16 +51,18 @@ impl WitnessReplica {
         self.0.status()
     }
 
-    /// Bytes of the log that it keeps: many, when a replica with a map has been away for long.
+    /// Returns the bytes of the log that it keeps. They are many if a replica with a map has been
+    /// away for long.
     pub fn log_bytes(&self) -> u64 {
         self.0
             .log
             .bytes_since(self.0.log.state().purged.map_or(0, |id| id.index))
     }
 
-    /// Takes one step towards purging what it need not keep: first its file must say that that was
-    /// applied. `under_pressure`: also if it is little. Something that is no voter keeps
-    /// everything: it is measured by its log's beginning whether it may become one.
+    /// Takes one step towards purging the log that it need not keep: first its file must say that
+    /// the entries were applied, then they are purged. `under_pressure` purges even little. A
+    /// witness that is not a voter keeps everything, because whether it may become one is decided
+    /// by where its log begins.
     pub async fn release_log(&self, under_pressure: bool) -> Result<(), StoreError> {
         let group = &self.0;
         let Some(state) = group.apply_state.store.witness() else {
@@ -89,7 +91,7 @@ impl WitnessReplica {
             .is_none_or(|watermark| watermark.index < upto)
         {
             super::state_machine::write_watermark(&group.apply_state).await?;
-            // It takes the file that was just written.
+            // openraft takes the file that was just written.
             let _ = group.raft.trigger().snapshot().await;
             return Ok(());
         }
@@ -100,8 +102,8 @@ impl WitnessReplica {
 
 impl Replica {
     /// Tells the witnesses of the group how much of the log every replica with a map has durably,
-    /// so that they need not keep it. Does nothing unless this replica leads and there is something
-    /// new to tell. Whoever is not told now is told later.
+    /// so that they need not keep it. Does nothing unless this replica leads and the index has
+    /// grown. Witnesses that do not answer are told later.
     pub async fn advertise_purge_index(&self) {
         if self.is_witness() || self.watch.borrow().membership.witnesses.is_empty() || !self.leads()
         {
@@ -141,7 +143,8 @@ impl Replica {
         }
     }
 
-    /// The voter with a map that has all of the log of this replica, if it leads.
+    /// Returns the first voter with a map that has all of this replica's log, if this replica
+    /// leads.
     fn transfer_target(&self) -> Option<ReplicaId> {
         let status = self.status();
         let last = status.last_log;
@@ -162,8 +165,8 @@ impl Replica {
     }
 }
 
-/// Whenever the witness leads, hands over to the first voter with a map that has all that it has.
-/// Ends with the group.
+/// Transfers the lead to the first voter with a map that has all of the witness's log, whenever the
+/// witness leads. Ends with the replica.
 pub async fn transfer_leadership_when_ready(group: Weak<Replica>) {
     let Some(mut watch) = group.upgrade().map(|group| group.watch()) else {
         return;

@@ -11,20 +11,20 @@ use crate::storage::map::{Applied, Synced};
 use crate::storage::witness::WitnessFiles;
 use crate::storage::{Checked, ReplicaKey};
 
-/// What a witness has instead of a map.
+/// The state that a witness keeps instead of a map.
 pub struct WitnessStore {
     key: ReplicaKey,
     files: WitnessFiles,
     synced: Arc<dyn Synced>,
     applied: Mutex<Applied>,
-    /// What its file says.
+    /// The state that its file records.
     watermark: Mutex<Applied>,
-    /// Through where it need not keep the log.
+    /// The index through which it need not keep the log.
     purge_index: AtomicU64,
 }
 
 impl WitnessStore {
-    /// A witness as its file says, from which openraft goes on. `synced` is the log of the same
+    /// Returns the store of a witness whose file says `watermark`. `synced` is the log of the same
     /// replica.
     pub fn new(
         key: ReplicaKey,
@@ -54,12 +54,12 @@ impl WitnessStore {
         self.watermark.lock().clone()
     }
 
-    /// Moves on. In memory: the log makes it durable.
+    /// Notes what is applied, in memory: the log makes it durable.
     pub fn apply(&self, applied: Applied) {
         *self.applied.lock() = applied;
     }
 
-    /// What is applied, once the log holds it durably.
+    /// Returns what is applied, once the log holds it durably.
     pub async fn settled(&self) -> Result<Applied, StoreError> {
         let applied = self.applied();
         let Some(log_id) = applied.log_id else {
@@ -79,8 +79,8 @@ impl WitnessStore {
         Ok(applied)
     }
 
-    /// Has the file say this, unless it says something newer. The log must be synced through it, or
-    /// begin after it. Blocking.
+    /// Writes `applied` to the file, unless that says something newer. The log must be synced
+    /// through it, or begin after it. Blocking.
     pub fn write_watermark(&self, applied: &Applied) -> Result<(), StoreError> {
         let mut watermark = self.watermark.lock();
         if watermark.log_id < applied.log_id {
@@ -99,19 +99,19 @@ impl WitnessStore {
                 "the file of witness {} says {found:?}, not {:?}",
                 self.key, *watermark
             )),
-            // Not of the file: the process may have no descriptor for it.
+            // This says nothing about the file: the process may have run out of descriptors.
             Err(StoreError::Io { .. }) => Checked::Unread,
             Err(error) => Checked::Damaged(format!("witness {}: {error}", self.key)),
         }
     }
 
-    /// Has the file say again what it says. Blocking.
+    /// Rewrites the file as it was. Blocking.
     pub fn rewrite_file(&self) -> Result<(), StoreError> {
         let watermark = self.watermark.lock();
         self.files.write(self.key, &watermark)
     }
 
-    /// Goes on from what a leader told, with nothing of the log before it. Durable when it returns.
+    /// Takes over what a leader has sent in place of the log before it. Durable when it returns.
     /// Blocking.
     pub fn install(&self, applied: &Applied) -> Result<(), StoreError> {
         self.write_watermark(applied)?;
@@ -119,7 +119,8 @@ impl WitnessStore {
         Ok(())
     }
 
-    /// Every replica with a map has the entries through `index` durably, and they are committed.
+    /// Notes that every replica with a map has the entries through `index` durably, and that they
+    /// are committed.
     pub fn raise_purge_index(&self, index: u64) {
         self.purge_index.fetch_max(index, Ordering::Relaxed);
     }

@@ -15,8 +15,9 @@ use crate::storage::log::Vote;
 use crate::types::NodeId;
 
 impl Replica {
-    /// All lanes from this node broke. If it leads, it has probably just ended, and another is
-    /// elected soon, unless it is heard of before. Not where reads rest on leases.
+    /// Reacts to the loss of all lanes from `node`: if it leads this group, its process has
+    /// probably died, and this replica campaigns soon unless the leader is heard from before. Does
+    /// nothing where reads rest on leases.
     pub(in crate::raft) fn on_leader_disconnected(&self, node: NodeId) {
         if self.timings.lease != LeaseReads::Off {
             return;
@@ -33,12 +34,12 @@ impl Replica {
         }
     }
 
-    /// Takes the lease of a leader that has probably just ended for ended too, so that this replica
-    /// may campaign, and may vote. Were the leader alive after all, an election would cost the
-    /// group a moment, and nothing that was acknowledged.
+    /// Ends the lease of a leader whose process has probably died, so that this replica may
+    /// campaign and vote. If the leader is alive after all, the election costs the group a moment,
+    /// and nothing that was acknowledged.
     ///
-    /// False if it is not, and holds a lease: then there is no vote for others. openraft would say
-    /// the same, but renews no lease that it was once told to take for ended.
+    /// Returns false if the leader still holds a lease: no vote may be given to others then.
+    /// openraft checks leases too, but never renews one that it was told to end.
     pub(in crate::raft) fn end_lease_if_disconnected(&self) -> bool {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
@@ -53,7 +54,8 @@ impl Replica {
             .node_of(leader)
             .is_some_and(|node| self.context.lanes.is_disconnected(node));
         if is_disconnected && self.timings.lease == LeaseReads::Off {
-            // A replica that is told of another's lead than its own does no more than that.
+            // openraft takes this as a transfer to another replica, and does no more than end the
+            // lease.
             let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
             let _ = unconstrained(self.raft.handle_transfer_leader(request)).now_or_never();
             return true;
@@ -61,12 +63,14 @@ impl Replica {
         !self.timer.is_leased()
     }
 
-    /// It may have promised a leader, before it was started, not to vote for another yet.
+    /// Returns true if the replica may have promised a leader, before a restart, not to vote for
+    /// another yet.
     pub(in crate::raft) fn may_be_leased(&self) -> bool {
         self.opened.elapsed() < self.timings.forgotten_lease()
     }
 
-    /// Does what is due. If openraft is too busy to be told, it is not needed or will be due again.
+    /// Does what the election timer says is due. If openraft is too busy to take the message, it is
+    /// not needed, or will be due again.
     pub(in crate::raft) fn tick(&self) {
         let due = {
             let watch = self.watch.borrow();
@@ -92,7 +96,7 @@ impl Replica {
         }
     }
 
-    /// Whether a vote of this term may be the leader's, as far as is known here.
+    /// Returns true if `vote` may be that of the current leader, as far as this replica knows.
     pub(in crate::raft) fn is_current(&self, vote: &Vote) -> bool {
         vote.committed && vote.term >= self.watch.borrow().term
     }

@@ -14,8 +14,8 @@ use crate::raft::types::{Types, vote_from_raft, vote_to_raft};
 use crate::types::{NodeId, ReplicaId};
 
 impl Replica {
-    /// Asks another voter how far elections are, and follows the leader of a later term that it
-    /// tells of, as if that had sent a heartbeat. Returns whether there is one.
+    /// Asks another voter for its vote, and follows the leader of a later term that it names, as if
+    /// that had sent a heartbeat. Returns true if there is one.
     pub async fn ask_for_successor(
         &self,
         replica: ReplicaId,
@@ -23,7 +23,8 @@ impl Replica {
         deadline: Instant,
     ) -> bool {
         let own = vote_from_raft(&self.raft.server_metrics().borrow_watched().vote);
-        // Who answers with its vote grants nothing by that.
+        // A reply to a pre-vote with our own term grants nothing; it only tells the vote of the
+        // other.
         let request = PeerRequest::PreVote {
             vote: own,
             last: None,

@@ -10,18 +10,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::raft::timings::{LeaseReads, RaftTimings};
 
-/// What a node tells of its timings in the hello of a lane.
+/// The timings that a node announces in the hello of a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseTimings {
-    /// By how much clocks may drift within a lease; none where reads rest on no lease.
+    /// Allowed drift of clocks within a lease; None if reads rest on no lease.
     pub lease_drift_ms: Option<u64>,
-    /// Also how long a lease is.
+    /// Longest election timeout, which is also the length of a lease.
     pub election_ms_max: u64,
 }
 
 impl LeaseTimings {
-    /// Returns whether two nodes can be in one cluster. Without leases other times cost no more
-    /// than elections.
+    /// Returns true if two nodes with these timings can be in one cluster. Without leases a
+    /// difference only affects how fast elections are.
     pub fn fits(&self, other: &LeaseTimings) -> bool {
         self == other || (self.lease_drift_ms.is_none() && other.lease_drift_ms.is_none())
     }

@@ -21,27 +21,26 @@ use crate::raft::types::from_raft;
 use crate::storage::ReplicaKey;
 use crate::types::{LogId, ReplicaId};
 
-/// How long the next leader may take.
+/// Time that the next leader may take to be elected.
 const STEP_DOWN_TIMEOUT: Duration = Duration::from_secs(2);
-/// A successor was heard of within this.
+/// A successor must have been heard from within this time.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
-/// Until what the core has just done is seen by those who watch it.
+/// Time until watchers see what the core of openraft has just done.
 const SEEN_AFTER: Duration = Duration::from_millis(200);
 
-/// How far a replica is, for who watches whether it gets further.
+/// The positions of a replica, by which a watchdog sees whether it makes progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReplicaPosition {
     pub key: ReplicaKey,
     pub leads: bool,
     pub committed: u64,
-    /// On the disk of this node.
+    /// Last index that is durable on this node.
     pub synced: u64,
     pub applied: u64,
-    /// Nothing is to be applied: another map takes the place of this one, or the replica has
-    /// failed, which is told elsewhere.
+    /// True while nothing is to be applied, because another map takes the place of this one, or the
+    /// replica has failed, which is reported elsewhere.
     pub is_held: bool,
-    /// For how long one entry has been applied that is not done, since it last read something of
-    /// the map.
+    /// How long the entry that is being applied has gone without a read of the map.
     pub applying: Option<Duration>,
 }
 
@@ -68,13 +67,13 @@ impl Replica {
         }
     }
 
-    /// Returns whether this replica has given up its lead, as far as `watch` goes.
+    /// Returns true if this replica has given up its lead in the term of `watch`.
     pub(in crate::raft) fn has_stepped_down(&self, watch: &ReplicaWatch) -> bool {
         watch.role == Role::Leader && self.stepped_down.load(Ordering::Relaxed) == watch.term
     }
 
-    /// Returns the voter with a map that has synced all that is committed and was heard of most
-    /// lately, if one was.
+    /// Returns the voter with a map that has synced all that is committed and was heard from last,
+    /// if one was heard from recently.
     pub fn faster_successor(&self) -> Option<ReplicaId> {
         let complete = self.complete();
         let (key, watch) = (self.key(), self.watch.borrow());
@@ -92,16 +91,15 @@ impl Replica {
             .map(|(_, replica)| replica)
     }
 
-    /// Has that replica lead, and leads no more itself from here on.
+    /// Hands the lead to replica `to`, and reports from now on that this one no longer leads.
     ///
     /// # Errors
     ///
-    /// When it is not known to lead within some time. This replica then leads on, if its core still
-    /// answers.
+    /// If `to` is not known to lead in time. This replica then leads on, if its core still answers.
     pub async fn step_down(&self, to: ReplicaId) -> Result<(), TransferError> {
         let term = self.watch.borrow().term;
         let mut transfer = pin!(self.transfer_leader_within(to, STEP_DOWN_TIMEOUT));
-        // The first poll looks whether it leads, and begins.
+        // The first poll checks that this replica leads, and starts the transfer.
         if let Some(ended) = unconstrained(transfer.as_mut()).now_or_never() {
             return ended;
         }
@@ -110,8 +108,8 @@ impl Replica {
             return Ok(());
         };
 
-        // It waits for the disk, or has failed to hand over. In the first case nobody hears of it
-        // until the disk is back.
+        // Either the core waits for the disk, or the transfer failed. In the first case nothing is
+        // heard from it until the disk is back.
         let _ = self.raft.with_raft_state(|_| ()).await;
         tokio::time::sleep(SEEN_AFTER).await;
         let now = self.watch.borrow().clone();

@@ -20,42 +20,44 @@ use crate::raft::runtime::Random;
 use crate::raft::status::Role;
 use crate::raft::timings::RaftTimings;
 
-/// When a replica has to do something by itself.
+/// Decides when a replica has to do something of its own accord.
 pub struct ElectionTimer {
     heartbeat: Duration,
     lease: Duration,
     election: (Duration, Duration),
-    /// By how much longer it waits before it campaigns.
+    /// Extra time that a witness waits before it campaigns.
     patience: Duration,
     state: Mutex<TimerState>,
 }
 
 struct TimerState {
     next_heartbeat: Instant,
-    /// Unless a leader is heard of before.
+    /// Time of the next campaign, unless a leader is heard from before.
     campaign_at: Instant,
-    /// One campaign must have had its time before the next.
+    /// Earliest time of the next campaign: the one before must have had its time.
     attempt_from: Instant,
-    /// When a leader has last sent something.
+    /// Time of the last message of a leader.
     heard: Option<Instant>,
-    /// The term of that leader, and since when it has been silent, as far as this node ran.
+    /// The term of that leader, and since when it has been silent; time in which this node did not
+    /// run does not count.
     silent_since: Option<(u64, Instant)>,
     delay: HeartbeatDelay,
 }
 
-/// How much later than they should the words of a leader come that goes on leading: the worst of
-/// them, forgotten by half in each [`DELAY_HALF_LIFE`]. Zero on a machine that is not overloaded.
+/// How late the messages of a leader come that goes on leading: the worst delay, halved every
+/// [`DELAY_HALF_LIFE`]. Zero on a machine that is not overloaded.
 #[derive(Debug, Clone, Copy)]
 struct HeartbeatDelay {
     worst: Duration,
     at: Instant,
 }
 
-/// Long enough that a delay every few seconds is still remembered at the next.
+/// Long enough for a delay that recurs every few seconds to be remembered.
 const DELAY_HALF_LIFE: Duration = Duration::from_secs(20);
-/// However slow a machine is, a leader that is gone is replaced after a few seconds.
+/// Limits the extra wait, so that a leader that is gone is replaced after a few seconds on any
+/// machine.
 const DELAY_MAX: Duration = Duration::from_secs(1);
-/// By how many times the worst delay a leader is waited for longer: the next one may be worse.
+/// Factor by which the worst delay lengthens the wait for a leader: the next delay may be worse.
 const DELAY_MARGIN: u32 = 2;
 
 impl HeartbeatDelay {
@@ -81,7 +83,7 @@ impl HeartbeatDelay {
     }
 }
 
-/// What a replica has to do now.
+/// What the timer asks a replica to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TimerAction {
     Nothing,
@@ -89,15 +91,15 @@ pub enum TimerAction {
     Campaign,
 }
 
-/// What a replica may do by itself.
+/// The part that a replica can take in elections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ElectionRole {
     Leader,
-    /// Has a vote, among others.
+    /// A voter among others.
     Voter,
-    /// Is the only voter.
+    /// The only voter.
     OnlyVoter,
-    /// Learners, those that have stopped, and those whose group has not begun.
+    /// A learner, a replica that has stopped, or one whose group has not begun.
     Passive,
 }
 
@@ -116,10 +118,12 @@ impl ElectionRole {
 }
 
 impl ElectionTimer {
-    /// A witness campaigns at once after it has refused its vote to one with an older log
-    /// ([`ElectionTimer::on_older_log_refused`]): the others need what it has. Else it gives those
-    /// that can serve much time to do so first, but not for ever: one of them may have a vote and
-    /// not know it, when it lacks the entry that says so.
+    /// Returns the timer of a replica that starts now.
+    ///
+    /// A witness campaigns at once after it has refused its vote to a candidate with an older log
+    /// ([`ElectionTimer::on_older_log_refused`]), because the others need what it has. Otherwise it
+    /// leaves replicas that can serve much time to campaign first, but not forever: one of them may
+    /// have a vote without knowing it, if it lacks the entry that says so.
     pub fn new(timings: &RaftTimings, is_witness: bool) -> Self {
         let now = Instant::now();
         let bounds = (
@@ -131,7 +135,7 @@ impl ElectionTimer {
         } else {
             Duration::ZERO
         };
-        // It may have given a lease before it was started, and does not know.
+        // The replica may have granted a lease before it was restarted, without knowing.
         let from = now + timings.forgotten_lease();
         let state = TimerState {
             next_heartbeat: now,
@@ -151,13 +155,13 @@ impl ElectionTimer {
         }
     }
 
-    /// The leader of this term has sent something. What an earlier one drew no longer counts: the
-    /// latest of many draws would always be a long one.
+    /// Notes a message of the leader of `term`, and draws the next campaign afresh. Earlier draws
+    /// no longer count: the latest of many draws would always be a long one.
     pub fn on_leader_message(&self, term: u64) {
         let now = Instant::now();
         let mut state = self.lock();
 
-        // The first word of another leader tells nothing of how late words come.
+        // The first message of a new leader says nothing about how late messages come.
         if let Some((_, since)) = state.silent_since.filter(|(before, _)| *before == term) {
             let late = now
                 .saturating_duration_since(since)
@@ -169,8 +173,9 @@ impl ElectionTimer {
         state.silent_since = Some((term, now));
     }
 
-    /// This node did not run, or not this part of it, for so long. Words of the leader may wait to
-    /// be read, so that time was no silence, and there is a moment to read them.
+    /// Discounts a pause in which this node, or this part of it, did not run. Messages of the
+    /// leader may be waiting to be read, so the pause was no silence, and a moment is left to read
+    /// them.
     pub fn skip_pause(&self, pause: Duration) {
         let now = Instant::now();
         let mut state = self.lock();
@@ -182,21 +187,24 @@ impl ElectionTimer {
         }
     }
 
-    /// Returns how long to wait before the next campaign, beyond what else is waited for.
+    /// Returns the random wait before the next campaign, on top of the lease.
     fn draw(&self, state: &TimerState, now: Instant) -> Duration {
         between(self.election) + self.patience + state.delay.at(now) * DELAY_MARGIN
     }
 
-    /// Whether a leader has sent something so lately that it holds a lease.
+    /// Returns true if a leader has sent something recently enough to hold a lease.
     pub fn is_leased(&self) -> bool {
         self.lock()
             .heard
             .is_some_and(|heard| heard.elapsed() < self.lease)
     }
 
-    /// The leader has probably just ended: no silence need tell so. The others are left a moment to
-    /// notice it too, and those before this one in the succession the time to win: chance would
-    /// have two campaign at once now and then, and neither win.
+    /// Notes that the leader's process has probably died: the replica does not wait for the
+    /// election timeout.
+    ///
+    /// It still waits a moment for the other voters to notice as well, and for each voter that
+    /// comes before it in the succession (`rank`) a heartbeat to win. Otherwise two would now and
+    /// then campaign at once, and neither win.
     pub fn on_leader_disconnected(&self, rank: u32) {
         if self.patience.is_zero() {
             let moment = self.heartbeat / 4;
@@ -204,34 +212,34 @@ impl ElectionTimer {
             let at = now + between((moment, moment * 2)) + self.heartbeat * rank;
             let mut state = self.lock();
             state.campaign_at = state.campaign_at.min(at);
-            // It was no slow leader: nobody waits longer for the next.
+            // The leader was not slow but dead, so the next one gets no extra time.
             state.delay = HeartbeatDelay::none(now);
         }
     }
 
-    /// Another replica has this one's vote, and now its time to win.
+    /// Notes that this replica has voted for another, which now gets its time to win.
     pub fn on_vote_granted(&self) {
         let now = Instant::now();
         let mut state = self.lock();
         state.campaign_at = state.campaign_at.max(now + self.draw(&state, now));
     }
 
-    /// Another wants to lead that lacks entries which this replica has: it will not, while the
-    /// entries are needed for a majority.
+    /// Notes that this replica refused its vote to a candidate that lacks entries which it has.
+    /// Such a candidate cannot win while the entries are needed for a majority.
     pub fn on_older_log_refused(&self) {
         if !self.patience.is_zero() {
             self.lock().campaign_at = Instant::now();
         }
     }
 
-    /// What is due, which is then taken for done.
+    /// Returns what is due now, and takes it for done.
     pub fn take_action(&self, role: ElectionRole) -> TimerAction {
         let now = Instant::now();
         let mut state = self.lock();
         let campaign = match role {
             ElectionRole::Passive => return TimerAction::Nothing,
             ElectionRole::Leader => {
-                // A leader that is deposed begins to wait then.
+                // A leader that is deposed starts its election timeout then.
                 state.campaign_at = state.campaign_at.max(now + self.election.0);
                 if now < state.next_heartbeat {
                     return TimerAction::Nothing;
@@ -245,7 +253,7 @@ impl ElectionTimer {
         if !campaign {
             return TimerAction::Nothing;
         }
-        // Votes come as late as other words do.
+        // Votes may come as late as other messages do.
         let next = now + between(self.election) + state.delay.at(now);
         state.campaign_at = next + self.patience;
         state.attempt_from = next;
@@ -263,8 +271,8 @@ fn between((min, max): (Duration, Duration)) -> Duration {
     )
 }
 
-/// Runs the election timers of all replicas: shows each tick to `tick_all`, with the length of the
-/// pause if this node did not run for a while, until that returns false.
+/// Runs the election timers of all replicas: calls `tick_all` at every tick, with the length of the
+/// pause if this node did not run for a while, until it returns false.
 pub async fn run_election_timers(
     every: Duration,
     mut tick_all: impl FnMut(Option<Duration>) -> bool,
@@ -282,8 +290,8 @@ pub async fn run_election_timers(
     }
 }
 
-/// Returns for how long this node did not run, when its timer took so long to come; none where that
-/// is nothing much.
+/// Returns how long this node did not run, judged by how late its own timer was; None if that is
+/// negligible.
 fn pause_of(took: Duration, every: Duration) -> Option<Duration> {
     Some(took.saturating_sub(every)).filter(|late| *late > every)
 }

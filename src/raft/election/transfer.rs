@@ -8,16 +8,15 @@ use crate::raft::replica::Replica;
 use crate::raft::status::{RaftStatus, Role};
 use crate::types::{LogId, NodeId, ReplicaId};
 
-/// A target this close to the end of the log may be handed the leadership: openraft lets it catch
-/// up while nothing is written.
+/// Largest lag of a target of a transfer: openraft lets it catch up while nothing is written.
 const TRANSFER_LAG_MAX: u64 = 256;
 
-/// How long a transfer is waited for by default.
+/// Default time that a transfer may take.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Replica {
-    /// Whether this replica leads and knows of the other that it has, but for a few entries, the
-    /// same log.
+    /// Returns true if this replica leads, and knows that `replica` has the same log, except for a
+    /// few entries.
     pub fn is_caught_up(&self, replica: ReplicaId) -> bool {
         let status = self.status();
         let is_known = replica == self.key.replica
@@ -25,7 +24,7 @@ impl Replica {
         status.role == Role::Leader && is_known && lag(&status, replica) <= TRANSFER_LAG_MAX
     }
 
-    /// The members that have all that is committed, as far as this replica knows, which leads.
+    /// Returns the members that have all that is committed, if this replica leads.
     pub fn complete(&self) -> BTreeSet<ReplicaId> {
         let status = self.status();
         let has_all =
@@ -38,8 +37,8 @@ impl Replica {
             .collect()
     }
 
-    /// Hands the leadership to a voter with a map that has, but for a few entries, what this
-    /// replica has, and waits until it leads. From the first moment on nothing is written here.
+    /// Hands the leadership to a voter with a map that has nearly all of this log, and waits until
+    /// it leads. Nothing is written here from the moment the transfer begins.
     pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), TransferError> {
         self.transfer_leader_within(to, TRANSFER_TIMEOUT).await
     }
@@ -84,13 +83,14 @@ impl Replica {
         }
     }
 
-    /// Returns whom to hand over to when it does not matter to whom.
+    /// Returns the best target of a transfer, if any voter will do.
     pub fn best_successor(&self) -> Option<ReplicaId> {
         self.best_successor_among(|_| true)
     }
 
-    /// Returns the voter with a map that has what is committed, was heard of most lately and has
-    /// most of the log, among those on nodes that `may_lead`.
+    /// Returns the best target of a transfer among voters with a map on nodes that `may_lead`: one
+    /// that has all that is committed, then the one heard from last, then the one with most of the
+    /// log.
     pub fn best_successor_among(&self, may_lead: impl Fn(NodeId) -> bool) -> Option<ReplicaId> {
         let status = self.status();
         let others = status
@@ -102,7 +102,7 @@ impl Replica {
             })
             .filter(|(_, node)| may_lead(**node));
         let candidates = others.filter(|(replica, _)| lag(&status, **replica) <= TRANSFER_LAG_MAX);
-        // One whose disk hangs lacks little of a group that is idle, and can't be elected.
+        // A replica whose disk hangs lags little in an idle group, but cannot be elected.
         let has_all = |replica: &ReplicaId| {
             status
                 .matched

@@ -19,12 +19,12 @@ use crate::sm::cluster::meta;
 use crate::sm::kv;
 use crate::sm::level::Feature;
 
-/// Between attempts of a proposal while the leader's lease has run out.
+/// Pause between attempts of a proposal while the leader's lease has expired.
 const LEASE_PAUSE: Duration = Duration::from_millis(5);
 
 impl Replica {
-    /// Writes, as part of an entry with what else waits. `Unknown` is the only error after which it
-    /// may have happened.
+    /// Proposes a write, in one entry with others that are queued. After any error except `Unknown`
+    /// it has certainly not been applied.
     pub async fn propose(
         &self,
         write: kv::Write,
@@ -33,8 +33,8 @@ impl Replica {
         self.propose_with_gets(write, 0, deadline).await
     }
 
-    /// As [`Replica::propose`], for a write whose gets return about so many bytes: an entry is
-    /// filled by these too.
+    /// Proposes a write like [`Replica::propose`], whose gets return about `answer_bytes`; they
+    /// count towards the size of the entry.
     pub async fn propose_with_gets(
         &self,
         write: kv::Write,
@@ -86,7 +86,7 @@ impl Replica {
         }
     }
 
-    /// Returns whether a leader may propose it: every node of the cluster can read it.
+    /// Returns true if a leader may use `feature`, because every node of the cluster can read it.
     pub fn allows(&self, feature: Feature) -> bool {
         self.context.resolver.level() >= feature.level()
     }
@@ -98,9 +98,9 @@ impl Replica {
         }
     }
 
-    /// Waits until a leader has applied an entry of its own term, and with it all that was decided
-    /// before: until then its map may not say yet that nothing is written. That entry is under way,
-    /// and a write would be applied only after it anyway.
+    /// Waits until a leader has applied an entry of its own term, and with it everything that was
+    /// decided before: until then its map may not know yet that the group is read-only. That entry
+    /// is being replicated anyway, and a write would be applied only after it.
     async fn await_own_term(&self, deadline: Instant) -> Result<(), ProposeError> {
         if !self.allows(Feature::ReadOnlyEntries) {
             return Ok(());
@@ -122,21 +122,22 @@ impl Replica {
         }
     }
 
-    /// Has nothing written from now on as long as this replica leads, for that reason, or lets it
-    /// be written again, unless the map says that nothing is.
+    /// Refuses writes for this reason as long as this replica leads, or allows them again, unless
+    /// the map says that the group is read-only.
     pub fn set_alarm(&self, alarm: Option<String>) {
         let mut now = self.alarm.lock();
         self.is_read_only.store(alarm.is_some(), Ordering::Relaxed);
         *now = alarm;
     }
 
-    /// Returns why nothing is written, if nothing is.
+    /// Returns the reason why writes are refused, if they are.
     pub fn alarm(&self) -> Option<String> {
         let own = self.alarm.lock().clone();
         own.or_else(|| self.recorded_alarm())
     }
 
-    /// Returns why nothing is written, as the map says: for this leader and those to come.
+    /// Returns the reason why writes are refused that is recorded in the map, for this leader and
+    /// those to come.
     pub fn recorded_alarm(&self) -> Option<String> {
         self.apply_state.read_only()
     }
@@ -153,7 +154,7 @@ impl Replica {
         })
     }
 
-    /// A witness proposes nothing, also when it leads; nor does a leader that has stepped down.
+    /// Refuses proposals on a witness, even one that leads, and on a leader that has stepped down.
     fn ensure_proposes(&self) -> Result<(), ProposeError> {
         let is_none = self.is_witness() || self.has_stepped_down(&self.watch.borrow());
         if is_none {
@@ -204,7 +205,8 @@ impl Replica {
         }
     }
 
-    /// Returns when whatever was acknowledged before the call can be read from [`Replica::state`].
+    /// Waits until everything that was acknowledged before the call can be read from
+    /// [`Replica::state`].
     pub async fn read_barrier(&self, deadline: Instant) -> Result<(), ReadError> {
         if self.is_witness() || self.has_stepped_down(&self.watch.borrow()) {
             return Err(ReadError::NotLeader { leader: None });

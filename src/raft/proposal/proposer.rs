@@ -33,23 +33,23 @@ use crate::raft::types::{ApplyOutcome, Proposal, ResponderFn, Types};
 use crate::sm::kv;
 use crate::sm::level::Feature;
 
-/// Writes in one entry. More would make a slow entry hold up the next for a noticeable time.
+/// Writes in one entry. With more, a slow entry would hold up the next for a noticeable time.
 const WRITES_PER_ENTRY: usize = 256;
 /// Bytes of keys and values in one entry; a larger write goes alone.
 const ENTRY_BYTES: usize = 1 << 20;
-/// Entries that may be under way before writes begin to wait for one another: one being synced, one
-/// behind it.
+/// Entries that may be in flight before writes wait for one another: one being synced, one behind
+/// it.
 const ENTRIES_EAGER: usize = 2;
-/// Full entries that may be under way: enough for a long way to the followers.
+/// Full entries that may be in flight: enough for a long round trip to the followers.
 const ENTRIES_MAX: usize = 8;
-/// Writes that may wait. At the rate of a small machine that is a tenth of a second.
+/// Writes that may be queued: at the rate of a small machine a tenth of a second.
 const QUEUE_WRITES_MAX: usize = 8192;
 const QUEUE_BYTES_MAX: usize = 32 << 20;
-/// What a write counts for besides its own bytes.
+/// Bytes charged for a write on top of its own.
 const WRITE_OVERHEAD_BYTES: usize = 64;
-/// Between attempts while the leader's lease has run out, as it has right after an election.
+/// Pause between attempts while the leader's lease has expired, as it has right after an election.
 const LEASE_PAUSE: Duration = Duration::from_millis(5);
-/// A caller waits this much longer than its deadline, so that a write that was never proposed gets
+/// Extra time that a caller waits after its deadline, so that a write that was never proposed gets
 /// a certain answer.
 const GRACE: Duration = Duration::from_millis(50);
 
@@ -60,9 +60,9 @@ struct QueuedWrite {
     waiter: Waiter,
 }
 
-/// Who waits for a write, and what it holds until then.
+/// The caller of a write, and the memory that it holds until it is answered.
 struct Waiter {
-    /// What the write counts for, with what its gets return.
+    /// Bytes charged for the write, with what its gets return.
     bytes: usize,
     deadline: Instant,
     answer: oneshot::Sender<WriteResult>,
@@ -80,11 +80,11 @@ impl Waiter {
 struct ProposalQueue {
     waiting: VecDeque<QueuedWrite>,
     bytes: usize,
-    /// Entries handed to openraft that it has not answered.
+    /// Entries that openraft has and has not answered.
     in_flight: usize,
-    /// No entry before this: the lease had run out.
+    /// Earliest time of the next entry, after the leader's lease had expired.
     not_before: Option<Instant>,
-    /// Why nothing more is taken.
+    /// The reason why writes are refused, once the replica has stopped.
     closed: Option<String>,
 }
 
@@ -103,7 +103,7 @@ impl ProposalQueue {
     }
 }
 
-/// The queue of writes of one group, and what takes from it.
+/// Merges the writes of one group into entries.
 pub struct Proposer {
     queue: Mutex<ProposalQueue>,
     changed: Notify,
@@ -121,11 +121,11 @@ impl Proposer {
         })
     }
 
-    /// Takes room for a proposal of this group.
+    /// Reserves memory for a proposal of this group.
     ///
     /// # Errors
     ///
-    /// [`ProposeError::Overloaded`] where this node holds as much as it may.
+    /// [`ProposeError::Overloaded`] if this group holds its fair share already.
     pub fn reserve(&self, bytes: usize) -> Result<Reservation, ProposeError> {
         let limit = "the proposals of this node that wait or are under way, those";
         self.budgets
@@ -161,12 +161,12 @@ impl Proposer {
         }
     }
 
-    /// Returns how many writes wait for their entry.
+    /// Returns the number of writes that are queued.
     pub fn queued_len(&self) -> usize {
         self.lock().waiting.len()
     }
 
-    /// Refuses what waits and what comes.
+    /// Refuses the writes that are queued, and those to come.
     pub fn close(&self, reason: &str) {
         let waiting = {
             let mut queue = self.lock();
@@ -211,7 +211,7 @@ impl Proposer {
         self.queue.lock()
     }
 
-    /// Proposes what waits until the queue is closed.
+    /// Proposes queued writes until the queue is closed.
     pub async fn run(
         self: Arc<Self>,
         raft: RaftHandle,
@@ -252,8 +252,8 @@ impl Proposer {
         }
         expire(&mut queue, now);
         let first_deadline = queue.waiting.front().map(|write| write.waiter.deadline);
-        // An entry that ends, or a write that makes the next one full, tells us. Only time does
-        // not.
+        // An entry that is answered, or a write that fills the next one, wakes this task. Only the
+        // passing of time does not.
         let until = match (paused, first_deadline) {
             (Some(pause), Some(deadline)) => Some(pause.min(deadline)),
             (pause, deadline) => pause.or(deadline),
@@ -261,7 +261,8 @@ impl Proposer {
         ProposerStep::Wait { until }
     }
 
-    /// `is_bounded`: every replica knows an entry that rejects writes whose gets return too much.
+    /// Proposes `writes` as one entry. `is_bounded` tells that every replica knows entries that
+    /// reject writes whose gets return too much.
     async fn propose_entry(
         self: &Arc<Self>,
         raft: &RaftHandle,
@@ -286,7 +287,7 @@ impl Proposer {
             answers,
         };
         let answer = ResponderFn(Box::new(move |result| in_flight.end(result)));
-        // If it fails the answer is dropped, which tells the answers.
+        // On failure openraft drops the responder, and that tells the callers.
         let _ = raft.client_write_ff(Proposal(entry), Some(answer)).await;
     }
 
@@ -300,7 +301,7 @@ impl Proposer {
         }
     }
 
-    /// Puts writes that were certainly not proposed back to the front.
+    /// Puts writes that were certainly not proposed back to the front of the queue.
     fn put_back(&self, entry: &Bytes, answers: Vec<Waiter>) {
         let writes = match kv::KvCommand::decode(entry) {
             Ok(
@@ -334,8 +335,8 @@ enum ProposerStep {
     End,
 }
 
-/// Takes the writes of the next entry. Those whose time has run out, or whose caller has gone, are
-/// not in it.
+/// Takes the writes of the next entry from the queue. Drops those whose deadline has passed or
+/// whose caller has gone.
 fn take_entry(queue: &mut ProposalQueue, now: Instant) -> Vec<QueuedWrite> {
     let mut writes = Vec::with_capacity(queue.waiting.len().min(WRITES_PER_ENTRY));
     let mut bytes = 0;
@@ -355,8 +356,8 @@ fn take_entry(queue: &mut ProposalQueue, now: Instant) -> Vec<QueuedWrite> {
     writes
 }
 
-/// Answers those at the front whose time has run out. Deadlines come about in order; one that is
-/// hidden behind a later one is found when its entry is made.
+/// Answers writes at the front whose deadline has passed. Deadlines come roughly in order; one that
+/// is behind a later one is found when its entry is made.
 fn expire(queue: &mut ProposalQueue, now: Instant) {
     while queue
         .waiting
@@ -369,8 +370,8 @@ fn expire(queue: &mut ProposalQueue, now: Instant) {
     }
 }
 
-/// An entry that openraft has. Dropped without an end, its answers learn that its outcome is
-/// unknown.
+/// An entry that openraft has. If it is dropped without an answer, its callers learn that the
+/// outcome is unknown.
 struct InFlightEntry {
     proposer: Arc<Proposer>,
     entry: Bytes,
@@ -422,10 +423,10 @@ fn outcomes(outcome: ApplyOutcome, expected: usize) -> Result<Vec<kv::WriteOutco
     }
 }
 
-/// What openraft's refusal means for a proposal.
+/// Translates openraft's refusal of a proposal.
 pub fn propose_error(error: ClientWriteError<Types>) -> ProposeError {
     match error {
-        // It names the one to come, which does not lead yet and may never do.
+        // openraft names the target of the transfer, which does not lead yet and may never do so.
         ClientWriteError::ForwardToLeader(ForwardToLeader {
             reason: ForwardReason::LeadershipTransfer,
             ..

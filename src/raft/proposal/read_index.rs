@@ -18,17 +18,18 @@ use crate::raft::apply_state::ApplyState;
 use crate::raft::errors::{ReadError, SHUT_DOWN};
 use crate::raft::state_machine::RaftHandle;
 
-/// Reads that may wait for a round.
+/// Reads that may be queued for a round.
 const QUEUED_MAX: usize = 16 << 10;
-/// A round that takes longer than this has failed: what is committed is not being applied.
+/// Time that a round may take to be applied. After that it has failed: what is committed is not
+/// being applied.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
 type RoundResult = Result<(), RoundError>;
 
-/// Why a round failed.
+/// An error of a round.
 #[derive(Debug, Clone)]
 enum RoundError {
-    /// No quorum, or nothing is applied: the next round may do better.
+    /// No quorum answered, or nothing is being applied; the next round may do better.
     Again,
     Final(ReadError),
 }
@@ -36,15 +37,15 @@ enum RoundError {
 #[derive(Default)]
 struct ReadQueue {
     queued: Vec<oneshot::Sender<RoundResult>>,
-    /// Why nothing more is read.
+    /// The reason why reads are refused, once the replica has stopped.
     closed: Option<String>,
 }
 
-/// The reads of one group that wait to be confirmed.
+/// Confirms the linearizable reads of one group.
 pub struct ReadIndex {
     queue: Mutex<ReadQueue>,
     arrived: Notify,
-    /// A round is not needed if a quorum has answered this recently.
+    /// A round is skipped if a quorum has answered within this time.
     lease_age_max: Option<Duration>,
 }
 
@@ -57,7 +58,7 @@ impl ReadIndex {
         })
     }
 
-    /// Returns when whatever was acknowledged before the call can be read here.
+    /// Waits until everything that was acknowledged before the call can be read here.
     pub async fn confirm(&self, deadline: Instant) -> Result<(), ReadError> {
         loop {
             let confirmed = self.join()?;
@@ -71,7 +72,7 @@ impl ReadIndex {
         }
     }
 
-    /// Waits for the next round.
+    /// Queues a read for the next round.
     fn join(&self) -> Result<oneshot::Receiver<RoundResult>, ReadError> {
         let mut queue = self.lock();
         if let Some(reason) = queue.closed.clone() {
@@ -92,7 +93,7 @@ impl ReadIndex {
         Ok(receiver)
     }
 
-    /// Returns how many wait for the next round.
+    /// Returns the number of reads that are queued for the next round.
     pub fn queued_len(&self) -> usize {
         self.lock().queued.len()
     }
@@ -119,7 +120,7 @@ impl ReadIndex {
         self.queue.lock()
     }
 
-    /// Does a round after another for as long as reads wait.
+    /// Runs one round after another as long as reads are queued.
     pub async fn run(self: Arc<Self>, raft: RaftHandle, apply_state: Arc<ApplyState>) {
         loop {
             let queued = {
@@ -146,8 +147,8 @@ impl ReadIndex {
         let index = match raft.get_read_linearizer(option).await {
             Ok(linearizer) => linearizer.read_log_id().index(),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
-                // One that hands over names the one to come, which does not lead yet and may never
-                // do.
+                // A leader that transfers its lead names the target, which does not lead yet and
+                // may never do so.
                 let names = forward
                     .leader_node
                     .filter(|_| forward.reason != ForwardReason::LeadershipTransfer);

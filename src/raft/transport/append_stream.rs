@@ -17,54 +17,54 @@ use super::{Lane, LaneError};
 use crate::raft::types::{RaftLogId, Types, vote_from_raft};
 use crate::telemetry::rarely;
 
-/// Appends of one group to one peer that may be without a reply: enough to fill the way to the
-/// peer while its disk syncs.
+/// Appends of one group to one peer that may be in flight: enough to fill the connection while the
+/// peer's disk syncs.
 const WINDOW: usize = 16;
 
-/// Bytes of them. One larger append may always go alone.
+/// Bytes of those appends. One larger append may always go alone.
 const WINDOW_BYTES: usize = 4 << 20;
 
-/// Pipelined appends: requests leave as they come, up to a window; results are handed back in the
-/// order of the requests.
+/// Sends appends in a pipeline: requests leave as they come, up to a window, and results are handed
+/// back in the order of the requests.
 ///
-/// openraft notes when it made a request, and takes that for the time of the follower's answer once
-/// a result says that the follower has all up to the end of the request. A request without entries
-/// ends where the one before it does: that one's answer, given perhaps before, would pass for the
-/// answer to it, and a leader that was paused and deposed would confirm a read by what a follower
-/// said before it voted for another. So none is asked for while others are on their way, which also
-/// saves as many frames as there are entries: the next one with entries tells what is committed as
-/// well. And where one slips through, a result waits until everything is answered that it would
-/// speak for.
+/// openraft notes when it made a request, and credits the follower with an answer as of then once a
+/// result says that the follower has all up to the end of the request. A request without entries
+/// ends where the one before it does. The answer to that one, perhaps given earlier, would pass for
+/// an answer to both, and a leader that was paused and deposed would confirm a read by what a
+/// follower said before it voted for another. So no request without entries is taken while others
+/// are in flight; this also saves a frame for each entry, because the next request with entries
+/// carries the commit index as well. If one slips through, a result is held back until every
+/// request is answered that it would be credited to.
 pub struct AppendStream<'s, S> {
     client: &'s PeerClient,
     input: Option<S>,
     window: VecDeque<InFlightAppend>,
     window_bytes: usize,
-    /// Of a request that is small and alone on its way.
+    /// Timeout of a small request that is alone in flight.
     timeout: Duration,
-    /// Of the oldest request.
+    /// Runs out at the deadline of the oldest request.
     timer: Pin<Box<Sleep>>,
-    /// Done when an entry was appended since it was made.
+    /// Resolves when an entry was appended to the log since it was made.
     grown: Pin<Box<OwnedNotified>>,
-    /// Where the last request ended that was taken from the input.
+    /// The end of the last request that was taken from the input.
     taken: Option<RaftLogId>,
-    /// A request could not be sent; said once the earlier ones are answered.
+    /// A request that could not be sent, reported once the earlier ones are answered.
     failed: Option<LaneError>,
-    /// The last that the follower is known to have.
+    /// The last entry that the follower is known to have.
     acknowledged: Option<RaftLogId>,
 }
 
 struct InFlightAppend {
     answer: PendingReply,
     bytes: usize,
-    /// How long its answer is waited for.
+    /// Time that its answer may take.
     timeout: Duration,
     due: Instant,
     previous: Option<RaftLogId>,
     last: Option<RaftLogId>,
-    /// Of the leader's vote.
+    /// Term of the leader's vote.
     term: u64,
-    /// What it follows had been acknowledged when it was sent.
+    /// True if the entry before it had been acknowledged when it was sent.
     follows_acked: bool,
 }
 
@@ -100,7 +100,7 @@ where
         let term = vote_from_raft(&request.vote).term;
         let follows_acked = match self.client.lane {
             Lane::Log => self.client.acked.has(term, previous),
-            // openraft has them follow what was acknowledged to this leader.
+            // openraft sends heartbeats after what was acknowledged to this leader.
             Lane::Heartbeat => previous.is_some(),
             Lane::Snapshot => false,
         };
@@ -155,8 +155,8 @@ where
         }
     }
 
-    /// Whether the log has entries that were not taken yet. If not, this is polled again when it
-    /// has.
+    /// Returns true if the log has entries that were not taken yet. Otherwise the task is woken
+    /// when it has.
     fn has_entries(&mut self, context: &mut Context<'_>) -> bool {
         while self.grown.as_mut().poll(context).is_ready() {
             self.grown = Box::pin(self.client.network.tip.grown());
@@ -164,14 +164,14 @@ where
         self.client.network.tip.last() > self.taken.map(|id| id.index)
     }
 
-    /// Whether openraft would take a result that the follower matches up to here for the answer to
-    /// a request that it has not answered.
+    /// Returns true if reporting `matching` now would make openraft credit a request that is still
+    /// in flight.
     fn speaks_for_others(&self, matching: Option<RaftLogId>) -> bool {
         let is_failed = self.failed.is_some() && self.taken <= matching;
         is_failed || self.window.iter().any(|later| later.last <= matching)
     }
 
-    /// The oldest request is done with; the timer is now the next one's.
+    /// Removes the oldest request, and sets the timer for the next one.
     fn pop(&mut self) -> Option<InFlightAppend> {
         let done = self.window.pop_front()?;
         self.window_bytes -= done.bytes;
@@ -181,10 +181,12 @@ where
         Some(done)
     }
 
-    /// The result of an append that was answered. A conflict where the follower is known to match
-    /// can't be: nothing that was acknowledged is lost, and a lane keeps the order of its frames.
-    /// openraft does not look: it would search below what matches, and where the log is purged up
-    /// to there, send snapshots without end. So it is an error, and tried again.
+    /// Returns the result of an append that was answered.
+    ///
+    /// A conflict where the follower is known to match is impossible, because nothing that was
+    /// acknowledged is lost, and a lane keeps the order of its frames. openraft would not notice:
+    /// it would search below what matches, and send snapshots without end where the log is purged
+    /// up to there. So it is reported as an error, and tried again.
     fn read(
         &mut self,
         done: &InFlightAppend,
@@ -250,7 +252,8 @@ where
                 continue;
             }
             if result.is_err() {
-                // openraft ends the stream at an error; what is still under way is given up.
+                // openraft ends the stream at an error, so requests that are still in flight are
+                // given up.
                 this.input = None;
                 this.window.clear();
             }

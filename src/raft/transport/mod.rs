@@ -27,7 +27,8 @@ use crate::raft::transport::lanes::PeerDirectories;
 use crate::raft::transport::wire::{PeerRefusal, WireError};
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
-/// What must not queue behind one another: each lane is a connection of its own.
+/// The kinds of traffic that must not queue behind one another: each lane is a connection of its
+/// own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lane {
     /// Entries, votes, and leadership transfers.
@@ -41,7 +42,7 @@ pub enum Lane {
 impl Lane {
     pub const ALL: [Lane; 3] = [Lane::Log, Lane::Heartbeat, Lane::Snapshot];
 
-    /// Its name in the path `POST /peer/lane/{lane}`.
+    /// Returns its name in the path `POST /peer/lane/{lane}`.
     pub fn name(self) -> &'static str {
         match self {
             Lane::Log => "log",
@@ -55,31 +56,31 @@ impl Lane {
     }
 }
 
-/// Where a peer is, and which directory must be found there.
+/// The address of a peer, and the data directory that must be found there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
     pub address: Address,
     pub directory: DirectoryId,
 }
 
-/// Knows where nodes are. Asked for every frame: it must be quick.
+/// Resolves nodes to addresses. Asked for every frame, so it must be quick.
 pub trait Resolver: Send + Sync + 'static {
-    /// None: no such node in the newest view that is known here.
+    /// Returns the address of a node; None if the newest view known here has no such node.
     fn resolve(&self, node: NodeId) -> Option<Peer>;
 
-    /// Returns the level of that view: what leaders may propose.
+    /// Returns the level of that view, which decides what leaders may propose.
     fn level(&self) -> u16;
 }
 
-/// Bytes that come in over a lane. An error ends it.
+/// The bytes that come in over a lane. An error ends it.
 pub type Incoming = BoxStream<'static, Result<Bytes, LaneError>>;
-/// Bytes that go out over a lane.
+/// The bytes that go out over a lane.
 pub type Outgoing = BoxStream<'static, Bytes>;
 
 /// Opens lanes.
 pub trait Dial: Send + Sync + 'static {
-    /// Sends `outgoing` to the peer's serving side, and returns what that sends back. Bounded in
-    /// time by the caller.
+    /// Opens a lane: sends `outgoing` to the peer, and returns what the peer sends back. The caller
+    /// bounds the time.
     fn dial(
         &self,
         to: NodeId,
@@ -89,13 +90,13 @@ pub trait Dial: Send + Sync + 'static {
     ) -> BoxFuture<'static, Result<Incoming, LaneError>>;
 }
 
-/// Why a frame got no reply. Whether it arrived is not known, except after `Refused`, `Unresolved`
+/// The reason why a frame got no reply. It may have arrived, except after `Refused`, `Unresolved`
 /// and `Down`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LaneError {
     #[error("no address is known of {0}")]
     Unresolved(NodeId),
-    /// The peer was out of reach a moment ago.
+    /// The peer could not be reached a moment ago.
     #[error("out of reach: {0}")]
     Down(String),
     #[error("refused: {0}")]
@@ -112,17 +113,18 @@ pub enum LaneError {
     Closed,
 }
 
-/// Who this node is. The cluster and the node's id are learnt once, when it founds or joins.
+/// The identity of this node. It learns its cluster and its id once, when it founds or joins a
+/// cluster.
 #[derive(Debug)]
 pub struct NodeIdentity {
     pub directory: DirectoryId,
     member: RwLock<Option<(ClusterId, NodeId)>>,
-    /// None: it says nothing of its starts, as programs of the first release.
+    /// None for a node that announces no starts, as programs of the first release.
     peer_directories: Option<Arc<PeerDirectories>>,
 }
 
 impl NodeIdentity {
-    /// A node that belongs to no cluster yet.
+    /// Returns the identity of a node that belongs to no cluster yet.
     pub fn new(directory: DirectoryId) -> Self {
         Self {
             directory,
@@ -139,7 +141,7 @@ impl NodeIdentity {
         }
     }
 
-    /// A node that tells its starts, and judges those of others.
+    /// Returns this identity, for a node that announces its starts and checks those of others.
     pub fn with_peer_directories(self, peer_directories: Arc<PeerDirectories>) -> Self {
         Self {
             peer_directories: Some(peer_directories),
@@ -151,10 +153,11 @@ impl NodeIdentity {
         self.peer_directories.as_ref()
     }
 
-    /// It belongs to this cluster from now on.
+    /// Binds the node to a cluster and an id.
     ///
     /// # Panics
-    /// If it belonged to another, or as another node: a directory is bound to both for ever.
+    ///
+    /// If it is bound to another cluster, or another id: a directory never changes either.
     pub fn join(&self, cluster: ClusterId, node: NodeId) {
         let mut member = self.member.write();
         assert!(

@@ -74,7 +74,7 @@ impl RaftNetworkV2<Types> for PeerClient {
     where
         S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
     {
-        // Heartbeats come this way too, and openraft gives those up after its own time.
+        // Heartbeats are streamed too, and openraft gives those up after its own timeout.
         let timeout = if self.lane == Lane::Log {
             self.network.append_timeout
         } else {
@@ -127,8 +127,8 @@ impl RaftNetworkV2<Types> for PeerClient {
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
         let step_timeout = self.network.snapshot_step_timeout;
         let SnapshotData::Map(snapshot) = snapshot.snapshot else {
-            // Pauses before it is tried again. By then this witness has handed over to a replica
-            // that has one.
+            // Makes openraft pause before it tries again. By then this witness has handed over to a
+            // replica that has a snapshot.
             let reason = AnyError::error("a witness has no snapshot");
             return Err(StreamingError::Unreachable(Unreachable::new(&reason)));
         };
@@ -141,9 +141,9 @@ impl RaftNetworkV2<Types> for PeerClient {
             let began = Instant::now();
             let sent =
                 snapshot_sender::send(self, vote_from_raft(&vote), &snapshot, step_timeout).await;
-            // openraft takes it for a word of the follower as of the beginning, and leases run from
-            // such words; but a follower that answers about a snapshot gives no lease. So it is
-            // told when a lease as of then has run out.
+            // openraft takes the result for a message of the follower as of the beginning, and
+            // leases run from such messages; but a follower that answers about a snapshot grants no
+            // lease. So the result is held back until a lease as of then would have expired.
             if let (Ok(_), Some(lease)) = (&sent, self.network.lease) {
                 tokio::time::sleep_until(began + lease).await;
             }

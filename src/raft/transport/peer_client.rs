@@ -28,35 +28,37 @@ use crate::raft::types::{
 use crate::storage::ReplicaKey;
 use crate::types::{NodeId, ReplicaId};
 
-/// How often a follower must say that it lacks what it has acknowledged.
+/// Number of times in a row that a follower must lack what it has acknowledged before it is
+/// believed.
 const MISSING_TIMES: u32 = 3;
 
 pub type RpcResult<T> = Result<T, RPCError<Types>>;
 
-/// Makes the clients of one group.
+/// Makes the clients of one group, and holds what they share.
 #[derive(Clone)]
 pub struct Network {
     pub key: ReplicaKey,
     pub lanes: Arc<Lanes>,
-    /// The end of the group's log here.
+    /// The end of the group's log on this node.
     pub tip: Arc<Tip>,
     pub transfers: SnapshotTransfers,
-    /// How long an append may be without a reply, beside the time that its bytes and those before
-    /// them take on a slow way. A follower that syncs slowly is not a follower that is gone.
+    /// Time that an append may be without a reply, on top of the time that its bytes and those
+    /// before them take on a slow connection. A follower that syncs slowly is not a follower that
+    /// is gone.
     pub append_timeout: Duration,
-    /// How long one step of a snapshot transfer may take.
+    /// Time that one step of a snapshot transfer may take.
     pub snapshot_step_timeout: Duration,
-    /// How long a lease is, where reads rest on leases.
+    /// Length of a lease, where reads rest on leases.
     pub lease: Option<Duration>,
 }
 
 impl Network {
-    /// The way to a replica for what openraft has no part in.
+    /// Returns a client for requests that openraft has no part in.
     pub fn log_client(&self, target: ReplicaId, node: NodeId) -> PeerClient {
         self.client(target, node, Lane::Log)
     }
 
-    /// The way to a replica for a snapshot that openraft does not know of.
+    /// Returns a client for a snapshot that openraft does not know of.
     pub fn snapshot_client(&self, target: ReplicaId, node: NodeId) -> PeerClient {
         self.client(target, node, Lane::Snapshot)
     }
@@ -78,21 +80,21 @@ impl Network {
     }
 }
 
-/// What a follower has acknowledged to this leader, over all the streams of one client. It is on
-/// the follower's disk, and only another leader could have had it cut off, whose vote the follower
-/// would answer with: where it is missing, the disk is an older one.
+/// The entries that a follower has acknowledged to this leader, over all streams of one client.
+/// They are on the follower's disk, and only another leader could have had them truncated, whose
+/// vote the follower would answer with. If they are missing, the disk is an older copy.
 #[derive(Default)]
 pub struct AckedLog {
-    /// Of the vote under which it was acknowledged.
+    /// Term of the vote under which they were acknowledged.
     term: AtomicU64,
-    /// The index after the last acknowledged one.
+    /// Index after the last acknowledged entry.
     end: AtomicU64,
-    /// Times in a row that it was missing.
+    /// Number of times in a row that they were missing.
     missing: AtomicU32,
 }
 
 impl AckedLog {
-    /// Returns whether the entry at this place is known to be on the follower's disk.
+    /// Returns true if the entry at `previous` is known to be on the follower's disk.
     pub fn has(&self, term: u64, previous: Option<RaftLogId>) -> bool {
         let end = self.end.load(Ordering::Relaxed);
         self.term.load(Ordering::Relaxed) == term
@@ -110,7 +112,7 @@ impl AckedLog {
     }
 }
 
-/// The way of one group to one other replica, over one lane.
+/// Sends the requests of one group to one other replica, over one lane.
 pub struct PeerClient {
     pub(super) lanes: Arc<Lanes>,
     pub(super) to: NodeId,
@@ -121,13 +123,13 @@ pub struct PeerClient {
 }
 
 impl PeerClient {
-    /// The memory that what is sent shares with what others send.
+    /// Returns the memory budgets that its requests are charged to.
     pub fn budgets(&self) -> &RaftBudgets {
         self.lanes.budgets()
     }
 
-    /// The follower lacks what it has acknowledged. It is believed when it has said so several
-    /// times.
+    /// Notes that the follower lacks what it has acknowledged. It is believed when it has said so
+    /// several times.
     pub fn note_missing(&self) {
         if self.acked.missing.fetch_add(1, Ordering::Relaxed) + 1 >= MISSING_TIMES {
             self.lanes.lost_acknowledged(self.to);
@@ -153,7 +155,7 @@ impl PeerClient {
         let call = self.lanes.call(self.to, self.lane, frame)?;
         let deadline = match self.lane {
             Lane::Snapshot => deadline + call.allowance(),
-            // A vote that comes late is of no use.
+            // A late vote is useless, so the deadline is not extended.
             Lane::Log | Lane::Heartbeat => deadline,
         };
         let timeout = deadline.saturating_duration_since(Instant::now());

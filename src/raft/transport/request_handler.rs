@@ -27,15 +27,15 @@ use crate::storage::log::{LogEntry, Vote};
 use crate::storage::map::ReplicaMap;
 use crate::types::{LogId, ReplicaId};
 
-/// Frames of one group that may be worked on at a time: a few windows, as what was given up there
-/// may be sent again.
+/// Frames of one group that may be handled at a time: a few windows, because appends that were
+/// given up there may be sent again.
 const FRAMES_MAX: usize = 64;
 
 type Handled = Result<PeerReply, PeerRefusal>;
 
 impl Replica {
-    /// Begins to work on a request for this replica. An append has its place in openraft's queue
-    /// when the future was polled once, if that poll was not subject to tokio's budget.
+    /// Begins to handle a request for this replica. An append has its place in openraft's queue
+    /// once the future was polled, if that poll was not subject to tokio's budget.
     pub(in crate::raft) fn handle(
         self: Arc<Self>,
         lane: Lane,
@@ -61,8 +61,8 @@ impl Replica {
         }))
     }
 
-    /// Whether more entries would only pile up before a disk that does not keep up, or is full. Of
-    /// each group some may wait all the same, unless it is full.
+    /// Returns true if more entries would only pile up in front of a disk that does not keep up, or
+    /// is full. A group that has nothing unsynced may add some, unless the disk is full.
     fn is_behind_disk(&self, request: &PeerRequest) -> bool {
         let has_entries =
             matches!(request, PeerRequest::Append { entries, .. } if !entries.is_empty());
@@ -119,9 +119,9 @@ impl Replica {
         }
     }
 
-    /// Says with whom this replica goes now, and not when the snapshot was installed, which may be
-    /// long ago: the sender takes the answer for a word of one that follows it, and confirms reads
-    /// by it.
+    /// Replaces the vote in the answer to a snapshot by the current one, because the snapshot may
+    /// have been installed long ago: the sender takes the answer for a message of a follower, and
+    /// confirms reads by it.
     async fn with_vote(&self, reply: PeerReply) -> Handled {
         let PeerReply::SnapshotInstalled { .. } = reply else {
             return Ok(reply);
@@ -178,8 +178,8 @@ impl Replica {
         }
     }
 
-    /// Of a snapshot a witness takes only how far it is. Where its log holds that entry, and so all
-    /// that it needs, it keeps what it has.
+    /// Takes the watermark of a snapshot, which is all that a witness needs. Keeps its log if that
+    /// holds the entry, and so everything after it.
     async fn take_watermark(&self, request: PeerRequest) -> Handled {
         match request {
             PeerRequest::SnapshotOpen { .. } => Ok(PeerReply::WatermarkWanted),
@@ -206,7 +206,7 @@ impl Replica {
         commit: Option<LogId>,
         entries: Vec<LogEntry>,
     ) -> Handled {
-        // Before it is appended, which takes a sync: a slow disk is no reason to campaign.
+        // Noted before the append, which takes a sync: a slow disk is no reason to campaign.
         if self.is_current(&vote) {
             self.timer.on_leader_message(vote.term);
         }
@@ -236,18 +236,18 @@ impl Replica {
     }
 
     /// Answers a heartbeat without waiting for what is being synced or installed, as openraft
-    /// would. To the leader it says no more than that this replica follows it: so it is enough that
-    /// openraft has taken the heartbeat and that its vote for this leader is durable. Else reads
-    /// would wait for the disks of followers, and a disk that stalls for a while would cost a
-    /// leader its lease.
+    /// would. To the leader the answer only says that this replica follows it; for that it is
+    /// enough that openraft has taken the heartbeat, and that its vote for this leader is durable.
+    /// Otherwise reads would wait for the disks of followers, and a disk that stalls for a while
+    /// would cost a leader its lease.
     async fn heartbeat(
         &self,
         request: AppendEntriesRequest<Types>,
     ) -> Result<AppendReply, PeerRefusal> {
         let (vote, log) = (request.vote, self.log.clone());
         let append = std::pin::pin!(self.raft.append_entries(request));
-        // Openraft takes it after the heartbeat. It saves a vote before it does anything else: what
-        // the log has of it is durable then.
+        // openraft runs this after the heartbeat. It saves a vote before it does anything else, so
+        // the vote in the log is durable then.
         let follows = self.raft.with_raft_state(move |state| {
             let saved = log.state().vote.as_ref().and_then(vote_to_raft);
             *state.vote_ref() == vote && saved == Some(vote)
@@ -305,7 +305,8 @@ impl Replica {
         })
     }
 
-    /// A candidate whose log ends at `last` was told this.
+    /// Tells the election timer if a candidate, whose log ends at `last`, was refused for an older
+    /// log.
     fn notice_older_log(&self, response: &VoteResponse<Types>, last: Option<LogId>) {
         if !response.vote_granted && last < response.last_log_id.as_ref().map(from_raft) {
             self.timer.on_older_log_refused();
@@ -361,7 +362,7 @@ fn read(vote: &Vote) -> Result<crate::raft::types::RaftVoteOf, PeerRefusal> {
     vote_to_raft(vote).ok_or(PeerRefusal::Unreadable)
 }
 
-/// One frame's share of what a group may hold.
+/// A place among the frames of a group that are being handled.
 struct FrameSlot(Arc<AtomicUsize>);
 
 impl FrameSlot {

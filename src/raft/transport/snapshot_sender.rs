@@ -11,7 +11,7 @@ use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::Snapshot;
 
-/// Bytes of the file in one frame.
+/// Bytes of the snapshot file in one frame.
 const CHUNK_BYTES: usize = 512 << 10;
 
 /// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must

@@ -21,16 +21,16 @@ use tokio::time::Instant;
 
 use crate::types::{LogId, ReplicaId};
 
-/// Log that is kept for a follower whatever its snapshot weighs.
+/// Log that is kept for a follower however small its snapshot is.
 const LOG_BYTES_FLOOR: u64 = 256 << 20;
-/// How often what is kept is doubled.
+/// How often the amount that is kept may be doubled.
 const DOUBLINGS_MAX: u32 = 3;
-/// After a snapshot was sent, or could not be, the follower has this long to ask for what follows.
+/// Time that a follower has to ask for the log after its snapshot was sent, or could not be.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Entries behind a snapshot that are kept for followers that were away for a moment.
 pub const ENTRIES_BEHIND: u64 = 4096;
 
-/// The followers of a group that are being sent snapshots. Clones are the same.
+/// The followers of a group that are being sent snapshots. Clones share the same records.
 #[derive(Debug, Clone, Default)]
 pub struct SnapshotTransfers(Arc<Mutex<BTreeMap<ReplicaId, SnapshotTransfer>>>);
 
@@ -39,9 +39,9 @@ struct SnapshotTransfer {
     /// The last entry that is in the snapshot.
     index: u64,
     snapshot_bytes: u64,
-    /// None: it is being sent.
+    /// When it was sent; None while it is being sent.
     ended: Option<Instant>,
-    /// How many it was sent since it had last caught up.
+    /// Number of snapshots since the follower had last caught up.
     times: u32,
 }
 
@@ -56,7 +56,7 @@ impl SnapshotTransfer {
     }
 }
 
-/// For as long as it lives a snapshot is being sent.
+/// Marks that a snapshot is being sent, until it is dropped.
 pub struct TransferGuard {
     transfers: SnapshotTransfers,
     to: ReplicaId,
@@ -80,7 +80,7 @@ impl SnapshotTransfers {
         let mut transfers = self.lock();
         let before = transfers.get(&to).filter(|transfer| !transfer.is_over());
         let times = match before {
-            // The way broke, and it goes on.
+            // The connection broke, and the same snapshot goes on.
             Some(before) if before.index == index => before.times,
             Some(before) => before.times + 1,
             None => 1,
@@ -100,9 +100,9 @@ impl SnapshotTransfers {
         }
     }
 
-    /// Returns through where the log may be purged for the sake of those that are sent snapshots.
-    /// `matched` says how far the log of a follower is known to be the leader's, `bytes_since` how
-    /// many bytes of log there are after an entry.
+    /// Returns the index through which the log may be purged for the sake of followers that are
+    /// sent snapshots. `matched` returns how far a follower's log is known to match the leader's,
+    /// `bytes_since` the bytes of log after an entry.
     pub fn purgeable(
         &self,
         last: u64,

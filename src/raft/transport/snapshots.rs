@@ -25,15 +25,15 @@ use crate::storage::log::Vote;
 use crate::storage::map::{Applied, ReplicaMap};
 use crate::storage::snapshot::SnapshotReceiver;
 use crate::storage::{ReplicaKey, background};
-/// How long a request to install waits for the end before it says "not yet". Below every deadline
+/// Time that a request to install waits before it answers "not yet". Shorter than every deadline
 /// for a step.
 const INSTALL_PATIENCE: Duration = Duration::from_millis(500);
 
-/// How long, and how often, an election is waited for before what was received is given up.
+/// Pause between looks for a leader, and their number, before a received snapshot is given up.
 const VOTE_PAUSE: Duration = Duration::from_millis(50);
 const VOTE_LOOKS_MAX: usize = 200;
 
-/// Where a snapshot for one replica arrives. At most one at a time.
+/// Receives a snapshot for one replica, one at a time.
 #[derive(Clone, Default)]
 pub struct SnapshotInbox(Arc<Mutex<IncomingSnapshot>>);
 
@@ -48,13 +48,13 @@ enum IncomingSnapshot {
     Installing {
         name: SnapshotName,
         vote: Vote,
-        /// None until it is done.
+        /// None until the installation is done.
         result: InstallResult,
     },
 }
 
 impl SnapshotInbox {
-    /// Begins or goes on with a snapshot; another one that was arriving is given up.
+    /// Begins to receive a snapshot, or resumes it. Another one that was arriving is given up.
     pub fn open(&self, state: &ReplicaMap, name: SnapshotName) -> Result<PeerReply, PeerRefusal> {
         let mut arriving = self.try_lock()?;
         match &*arriving {
@@ -82,7 +82,7 @@ impl SnapshotInbox {
             | IncomingSnapshot::Some { .. }
             | IncomingSnapshot::Installing { .. } => {}
         }
-        // The file of the one before goes first: two might not fit on the disk.
+        // Deletes the file of the one before first: the disk might not have room for both.
         *arriving = IncomingSnapshot::Nothing;
         let receiver = state
             .begin_receive()
@@ -91,7 +91,7 @@ impl SnapshotInbox {
         Ok(PeerReply::SnapshotHas { bytes_len: 0 })
     }
 
-    /// Blocking.
+    /// Writes a piece of the snapshot at `offset`. Blocking.
     pub fn write(
         &self,
         name: SnapshotName,
@@ -120,8 +120,8 @@ impl SnapshotInbox {
         }
     }
 
-    /// Begins to install what has arrived, or waits a while for that to end. `start` runs the
-    /// installation.
+    /// Begins to install what has arrived, or waits a moment for the installation to end. `start`
+    /// runs it.
     pub async fn install(
         &self,
         name: SnapshotName,
@@ -196,7 +196,7 @@ impl SnapshotInbox {
         self.0.lock()
     }
 
-    /// For a caller that must not block: a chunk may just be written, and wait for the disk.
+    /// Locks for a caller that must not block: a piece may just be written, and wait for the disk.
     fn try_lock(&self) -> Result<MutexGuard<'_, IncomingSnapshot>, PeerRefusal> {
         self.0.try_lock().ok_or(PeerRefusal::Busy)
     }
@@ -209,7 +209,7 @@ fn is_running(result: &InstallResult) -> bool {
     result.borrow().is_none() && result.has_changed().is_ok()
 }
 
-/// Also if whoever installed it went away without a word.
+/// Returns true if the installation failed, or was dropped without a result.
 fn has_failed(result: &InstallResult) -> bool {
     !is_running(result) && !matches!(*result.borrow(), Some(Ok(_)))
 }
@@ -218,11 +218,11 @@ fn not_arriving() -> PeerRefusal {
     PeerRefusal::Failed("another snapshot, or none, is arriving: begin anew".into())
 }
 
-/// Verifies what arrived, fills a map with it, and hands it to openraft, which decides whether it
-/// is wanted.
+/// Verifies a snapshot that has arrived, fills a map with it, and hands it to openraft, which
+/// decides whether it is needed.
 ///
-/// Openraft answers nobody from then on until it is installed: neither its leader, who would lose a
-/// follower for so long, nor who asks for its vote. So what takes long is done before.
+/// openraft answers nobody from then on until it is installed: not its leader, which would take the
+/// follower for gone, nor a candidate. So what takes long is done before.
 pub async fn install(
     raft: RaftHandle,
     state: &ReplicaMap,
@@ -248,8 +248,8 @@ pub async fn install(
     hand_over(raft, vote, SnapshotData::Map(snapshot)).await
 }
 
-/// Returns the vote of the leader that this replica follows now: another may have been elected
-/// since `vote`, which that of the sender was. It has all that was committed, and so all that a
+/// Returns the vote of the leader that this replica follows now; another may have been elected
+/// since the sender's `vote`. The new leader has everything that was committed, and so all that the
 /// snapshot holds: it might have sent it.
 async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<RaftVoteOf, String> {
     for _ in 0..VOTE_LOOKS_MAX {
@@ -269,7 +269,7 @@ async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<Raft
     Err("there is no leader to follow".into())
 }
 
-/// Removes what an installation has left, or what was not wanted of it.
+/// Removes the leftovers of an installation.
 pub async fn tidy(state: ReplicaMap) {
     let key = state.key();
     match tokio::task::spawn_blocking(move || state.tidy()).await {
@@ -283,7 +283,7 @@ pub async fn tidy(state: ReplicaMap) {
     }
 }
 
-/// Hands a mark to openraft, likewise.
+/// Hands a watermark to openraft, likewise.
 pub async fn install_watermark(
     raft: RaftHandle,
     applied: Applied,

@@ -18,14 +18,14 @@ use crate::storage::log::{LogEntry, LogPayload, Vote};
 use crate::storage::map::Applied;
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
-/// The format written today.
+/// Format of frames.
 const FORMAT: u8 = 1;
 const LENGTH_BYTES: usize = 4;
-/// The format of the starts behind a hello.
+/// Format of the starts that follow a hello.
 const STARTS_FORMAT: u8 = 1;
-/// The format of the pace behind the starts.
+/// Format of the timings that follow the starts.
 const LEASE_TIMINGS_FORMAT: u8 = 1;
-/// Format and sequence.
+/// Length of the format and the sequence.
 const PREFIX_BYTES: usize = 9;
 
 const NO_TAIL: &[Bytes] = &[];
@@ -34,10 +34,10 @@ const NO_TAIL: &[Bytes] = &[];
 /// as large as a command may be, which the largest HTTP body bounds.
 pub const FRAME_BYTES_MAX: usize = 80 << 20;
 
-/// Longest hello in bytes. Who has not said who it is must not have this node keep more.
+/// Longest hello in bytes. A peer that has not said who it is must not make this node keep more.
 pub const HELLO_BYTES_MAX: usize = 64 << 10;
 
-/// Why bytes are not a frame.
+/// An error of bytes that are not a frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     #[error("a frame of {0} bytes is longer than any")]
@@ -58,7 +58,7 @@ pub struct Hello {
     pub to_directory: DirectoryId,
 }
 
-/// What a frame is about.
+/// The group and the replicas that a frame is between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrameHeader {
     pub group: GroupId,
@@ -66,7 +66,7 @@ pub struct FrameHeader {
     pub target: ReplicaId,
 }
 
-/// What one replica asks of another.
+/// A request of one replica to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerRequest {
     /// The payloads of the entries follow one another in the tail.
@@ -90,33 +90,33 @@ pub enum PeerRequest {
         to: ReplicaId,
         last: Option<LogId>,
     },
-    /// Begins to send a snapshot, or goes on with it.
+    /// Begins to send a snapshot, or resumes it.
     SnapshotOpen {
         vote: Vote,
         snapshot: SnapshotName,
     },
-    /// A part of it is the tail.
+    /// Carries a part of the snapshot in the tail.
     SnapshotChunk {
         snapshot: SnapshotName,
         offset: u64,
     },
-    /// All of it was sent: install it.
+    /// Asks to install the snapshot, all of which was sent.
     SnapshotInstall {
         vote: Vote,
         snapshot: SnapshotName,
     },
-    /// To a witness, in place of a snapshot: the log that is still there begins after this.
+    /// To a witness in place of a snapshot: the log that is still there begins after this.
     Watermark {
         vote: Vote,
         applied: Applied,
     },
-    /// To a witness: every replica with a map has the entries through this one durably, and they
+    /// To a witness: every replica with a map has the entries through this index durably, and they
     /// are committed.
     PurgeIndex {
         index: u64,
     },
-    /// To a replica whose map differs from a majority: hold it as it is, for a snapshot of the
-    /// leader's to take its place. From level 1 on.
+    /// To a replica whose map differs from a majority: hold the map, for a snapshot of the leader's
+    /// to take its place. From level 1 on.
     Rebuild {
         vote: Vote,
     },
@@ -137,7 +137,8 @@ pub enum PayloadKind {
     Membership,
 }
 
-/// Which snapshot file: by whom, of when, how long. Two files of one name hold the same.
+/// Names a snapshot file by its author, its last entry and its length. Two files of one name are
+/// equal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotName {
     pub written_by: ReplicaId,
@@ -153,20 +154,20 @@ pub enum PeerReply {
         last: Option<LogId>,
         granted: bool,
     },
-    /// The target heard the request to take over, and what it made of it.
+    /// The target's answer to a request to take over.
     TransferLeader(TransferReply),
-    /// How much of the snapshot has arrived.
+    /// Bytes of the snapshot that have arrived.
     SnapshotHas {
         bytes_len: u64,
     },
-    /// The snapshot arrived whole, and was installed or was not needed.
+    /// The snapshot has arrived, and was installed or not needed.
     SnapshotInstalled {
         vote: Vote,
     },
     Refused(PeerRefusal),
-    /// It keeps no map: of a snapshot it takes only the mark.
+    /// A witness asks for the watermark in place of the snapshot.
     WatermarkWanted,
-    /// It took notice.
+    /// The request was noted.
     Noted,
 }
 
@@ -191,7 +192,7 @@ pub enum TransferReply {
     },
 }
 
-/// Why a frame was not even looked at.
+/// The reason why a frame was not looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum PeerRefusal {
     #[error("it belongs to another cluster")]
@@ -216,21 +217,21 @@ pub enum PeerRefusal {
     Failed(String),
     #[error("it could not read the frame")]
     Unreadable,
-    /// Said only to peers that tell their starts.
+    /// Sent only to peers that announce their starts.
     #[error(
         "it knows start {number} of this data directory, which is not in it: the directory is an \
         old copy"
     )]
     Outdated { number: u64 },
-    /// Said only to peers that tell their starts.
+    /// Sent only to peers that announce their starts.
     #[error("another process runs with a copy of this data directory")]
     Doubled,
-    /// Said only to peers that tell theirs.
+    /// Sent only to peers that announce their starts.
     #[error("it runs {0}, which has to be the same on all nodes")]
     OtherTimings(LeaseTimings),
 }
 
-/// An encoded frame whose sequence is still to be given.
+/// An encoded frame that has no sequence number yet.
 #[derive(Debug, Clone)]
 pub struct UnsealedFrame(BytesMut);
 
@@ -239,7 +240,7 @@ impl UnsealedFrame {
         self.0.len()
     }
 
-    /// Gives it its sequence.
+    /// Returns the frame with its sequence number.
     pub fn seal(mut self, sequence: u64) -> Bytes {
         self.0[LENGTH_BYTES + 1..LENGTH_BYTES + PREFIX_BYTES]
             .copy_from_slice(&sequence.to_le_bytes());
@@ -253,8 +254,8 @@ pub fn encode_hello(hello: &Hello) -> Bytes {
     buffer.freeze()
 }
 
-/// A hello behind which the sender tells its starts, and its pace behind these. Programs of the
-/// first release read the hello alone, and later ones that know no pace nothing behind the starts.
+/// Encodes a hello that is followed by the sender's starts and its timings. Programs of the first
+/// release read the hello alone, and later ones that know no timings the starts as well.
 pub fn encode_greeting(hello: &Hello, starts: &Starts, lease_timings: &LeaseTimings) -> Bytes {
     let mut buffer = BytesMut::with_capacity(2048);
     let mut tail = starts_tail(starts);
@@ -277,8 +278,8 @@ fn starts_tail(starts: &Starts) -> Vec<u8> {
     tail
 }
 
-/// The starts in the tail of a hello or of its answer, and what is behind them; none if there are
-/// none, or of a kind that this version does not know.
+/// Returns the starts in the tail of a hello or of its answer, and the bytes behind them; None if
+/// there are none, or in a format that this version does not know.
 fn read_starts(tail: &[u8]) -> Result<Option<(Starts, &[u8])>, WireError> {
     read_part(STARTS_FORMAT, tail)
 }
@@ -296,14 +297,14 @@ fn read_part<T: DeserializeOwned>(
     }
 }
 
-/// A request without a tail, or one whose tail is `tail`.
+/// Encodes a request with a tail, which may be empty.
 pub fn encode_request(header: FrameHeader, request: &PeerRequest, tail: &[u8]) -> UnsealedFrame {
     let mut buffer = BytesMut::with_capacity(128 + tail.len());
     write(&mut buffer, 0, &(header, request), &[tail]);
     UnsealedFrame(buffer)
 }
 
-/// An append of these entries.
+/// Encodes an append of these entries.
 pub fn encode_append(
     header: FrameHeader,
     vote: Vote,
@@ -347,7 +348,7 @@ pub fn encode_append(
     UnsealedFrame(buffer)
 }
 
-/// Writes a reply behind what is in `buffer` already.
+/// Appends a reply to `buffer`.
 pub fn encode_reply(buffer: &mut BytesMut, sequence: u64, reply: &PeerReply) {
     write(buffer, sequence, reply, NO_TAIL);
 }
@@ -385,7 +386,7 @@ impl std::io::Write for Writer<'_> {
     }
 }
 
-/// A frame as it arrived: its sequence, and the bytes of its envelope and tail.
+/// A frame as it arrived: its sequence number, and the bytes of its envelope and tail.
 #[derive(Debug, Clone)]
 pub struct ReceivedFrame {
     pub sequence: u64,
@@ -393,7 +394,7 @@ pub struct ReceivedFrame {
 }
 
 impl ReceivedFrame {
-    /// The hello, and the starts and the pace that its sender tells.
+    /// Returns the hello, and the starts and timings that its sender announces.
     pub fn hello(&self) -> Result<(Hello, Option<Starts>, Option<LeaseTimings>), WireError> {
         let (hello, tail): (Hello, Bytes) = self.envelope()?;
         let Some((starts, rest)) = read_starts(&tail)? else {
@@ -404,13 +405,13 @@ impl ReceivedFrame {
         Ok((hello, Some(starts), lease_timings))
     }
 
-    /// The starts in the answer to a hello.
+    /// Returns the starts in the answer to a hello.
     pub fn welcome(&self) -> Result<Option<Starts>, WireError> {
         let (_, tail): (PeerReply, Bytes) = self.envelope()?;
         Ok(read_starts(&tail)?.map(|(starts, _)| starts))
     }
 
-    /// The request and its tail.
+    /// Returns the request and its tail.
     pub fn request(&self) -> Result<(FrameHeader, PeerRequest, Bytes), WireError> {
         let ((header, request), tail) = self.envelope()?;
         Ok((header, request, tail))
@@ -459,26 +460,27 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<LogEntry>, Wi
     Ok(entries)
 }
 
-/// Cuts what arrives into frames.
+/// Cuts the bytes that arrive into frames.
 #[derive(Debug)]
 pub struct FrameReader {
-    /// Longer frames are refused, before any more of them is kept.
+    /// Longest frame that is accepted; a longer one is refused before its bytes are kept.
     frame_bytes_max: usize,
-    /// The beginning of a frame whose rest has not come.
+    /// The beginning of a frame whose rest has not arrived.
     partial: BytesMut,
-    /// Received and not yet looked at. Whole frames in it are handed out without copying.
+    /// Bytes that arrived and were not looked at. Whole frames in it are handed out without
+    /// copying.
     rest: Bytes,
 }
 
 impl Default for FrameReader {
-    /// Returns one for frames of any kind.
+    /// Returns a reader of frames of any kind.
     fn default() -> Self {
         Self::with_limit(FRAME_BYTES_MAX)
     }
 }
 
 impl FrameReader {
-    /// Returns one for frames that are at most so long.
+    /// Returns a reader of frames of at most this length.
     pub fn with_limit(frame_bytes_max: usize) -> Self {
         Self {
             frame_bytes_max,
@@ -487,13 +489,13 @@ impl FrameReader {
         }
     }
 
-    /// Frames may be so long from now on.
+    /// Accepts frames up to this length from now on.
     pub fn set_limit(&mut self, frame_bytes_max: usize) {
         self.frame_bytes_max = frame_bytes_max;
     }
 
-    /// Returns the length of the frame whose beginning has arrived; none where none has, or all of
-    /// it.
+    /// Returns the length of the frame whose beginning has arrived; None if there is no incomplete
+    /// frame.
     pub fn awaited_bytes(&self) -> Option<usize> {
         let length = self.partial.first_chunk::<LENGTH_BYTES>()?;
         Some(LENGTH_BYTES + u32::from_le_bytes(*length) as usize)
@@ -509,7 +511,8 @@ impl FrameReader {
         }
     }
 
-    /// The next whole frame, if it is there. After an error the stream can't be read any further.
+    /// Returns the next whole frame, if it has arrived. After an error the stream can't be read any
+    /// further.
     pub fn next(&mut self) -> Result<Option<ReceivedFrame>, WireError> {
         if self.partial.is_empty() {
             let Some(total) = frame_bytes(&self.rest, self.frame_bytes_max)? else {
@@ -526,7 +529,7 @@ impl FrameReader {
     }
 }
 
-/// Length of the frame that `bytes` begin with, if all of it is there.
+/// Returns the length of the frame that `bytes` begin with, if all of it is there.
 fn frame_bytes(bytes: &[u8], bytes_max: usize) -> Result<Option<usize>, WireError> {
     let Some(length) = bytes.first_chunk::<LENGTH_BYTES>() else {
         return Ok(None);

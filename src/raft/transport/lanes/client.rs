@@ -29,50 +29,50 @@ use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
 use crate::types::NodeId;
 
-/// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes
-/// on top is refused, and Raft tries again.
+/// Bytes that may be queued in one lane: several windows of appends of a few groups. More is
+/// refused, and Raft tries again.
 const QUEUE_BYTES_MAX: usize = 64 << 20;
-/// Calls without a reply on one lane. Each group has at most a window of them.
+/// Calls in flight on one lane. Each group has at most a window of them.
 const CALLS_MAX: usize = 32 << 10;
-/// Frames that wait together go out in chunks of about this size, and large ones in pieces of it:
-/// each that the connection takes shows that the peer takes what came before.
+/// Size of the chunks in which small frames go out together, and of the pieces in which large ones
+/// do: each that the connection accepts shows that the peer accepts what came before.
 const CHUNK_BYTES: usize = 256 << 10;
-/// A frame of at least this size is its own chunk: not worth copying.
+/// Size from which a frame is a chunk of its own: it is not worth copying.
 const ALONE_BYTES: usize = 16 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Between attempts to reach a peer; doubled from the first to the last. Calls in between fail at
-/// once.
+/// Pause between attempts to reach a peer, doubled from the shortest to the longest. Calls in
+/// between fail at once.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// A lane that is silent for this long while a call waits, beyond the time that what it has taken
-/// may take, is cut: the peer or the way to it is gone, and TCP would not say so for minutes.
+/// Silence after which a lane is cut while a call waits, on top of the time that its bytes may
+/// take: the peer or the connection is gone, and TCP would not notice for minutes.
 const SILENCE_MAX: Duration = Duration::from_secs(3);
-/// A way that carries less is not one that groups can live on: 8 Mbit/s.
+/// Slowest connection that groups can live on: 8 Mbit/s.
 const BYTES_PER_SECOND_MIN: u64 = 1 << 20;
-/// What a connection takes by itself, whether the peer is there or not.
+/// Bytes that a connection accepts whether the peer is there or not.
 const CONNECTION_BYTES_MAX: usize = 8 << 20;
-/// How often silence and abandoned calls are looked for.
+/// Interval at which silence and abandoned calls are looked for.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-/// What is heard of a call.
+/// Resolves to the reply to a call.
 pub type PendingReply = oneshot::Receiver<Result<ReceivedFrame, LaneError>>;
 
-/// A frame that is on its way.
+/// A frame that is in flight.
 pub struct Call {
-    /// What the peer says to it.
+    /// The peer's reply.
     pub answer: PendingReply,
-    /// Bytes that were on their way over its lane when it was sent, with its own.
+    /// Bytes in flight on its lane when it was sent, with its own.
     under_way: usize,
 }
 
 impl Call {
-    /// Returns how much longer it may take for what is on its way before it, and for itself.
+    /// Returns the extra time that the bytes before it and its own may take.
     pub fn allowance(&self) -> Duration {
         time_for(self.under_way)
     }
 }
 
-/// How long so many bytes take on the slowest way.
+/// Returns the time that `bytes` take on the slowest connection.
 fn time_for(bytes: usize) -> Duration {
     Duration::from_millis(bytes as u64 * 1000 / BYTES_PER_SECOND_MIN)
 }
@@ -84,7 +84,7 @@ pub struct Lanes {
     tasks: Mutex<Option<JoinSet<()>>>,
 }
 
-/// What the lanes of a node are made of.
+/// The parts that the lanes of a node are made of.
 pub struct LanesParts {
     pub identity: Arc<NodeIdentity>,
     pub resolver: Arc<dyn Resolver>,
@@ -105,8 +105,8 @@ impl Lanes {
         }
     }
 
-    /// Sends a frame. Frames of one lane leave in the order of the calls. The reply is
-    /// [`read_reply`]'s to read; how long to wait for it is the caller's business.
+    /// Sends a frame. Frames of one lane leave in the order of the calls. The reply is read by
+    /// [`read_reply`]; the caller decides how long to wait for it.
     pub fn call(&self, to: NodeId, lane: Lane, frame: UnsealedFrame) -> Result<Call, LaneError> {
         let peer = self
             .parts
@@ -114,8 +114,8 @@ impl Lanes {
             .resolve(to)
             .ok_or(LaneError::Unresolved(to))?;
         let lane = self.lane(to, lane)?;
-        // Taken before the lane is locked; what is then not queued gives it back. Heartbeats wait
-        // for nobody's entries, and are few bytes.
+        // Reserved before the lane is locked; a frame that is not queued gives it back. Heartbeats
+        // are small, and must not wait for the entries of others.
         let place = match lane.lane {
             Lane::Heartbeat => None,
             Lane::Log | Lane::Snapshot => {
@@ -136,18 +136,18 @@ impl Lanes {
         &self.parts.budgets
     }
 
-    /// When this peer was last heard of.
+    /// Returns when this peer was last heard from.
     pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
         self.parts.liveness.last_heard(node)
     }
 
-    /// Whether this peer has probably just ended.
+    /// Returns true if the process of the peer has probably died.
     pub fn is_disconnected(&self, node: NodeId) -> bool {
         self.parts.liveness.is_disconnected(node)
     }
 
-    /// A peer lacks what it has acknowledged: its directory is an old copy, and none of it is taken
-    /// any more.
+    /// Refuses a peer from now on that lacks what it has acknowledged: its directory is an old
+    /// copy.
     pub fn lost_acknowledged(&self, node: NodeId) {
         let Some(peer) = self.parts.resolver.resolve(node) else {
             return;
@@ -157,7 +157,7 @@ impl Lanes {
         }
     }
 
-    /// Cuts all lanes. Calls under way and later ones fail.
+    /// Cuts all lanes. Calls in flight and later ones fail.
     pub async fn close(&self) {
         let tasks = self.tasks.lock().take();
         if let Some(mut tasks) = tasks {
@@ -191,7 +191,7 @@ impl Lanes {
     }
 }
 
-/// What the peer answered, a refusal being an error.
+/// Returns the peer's reply, or its refusal as an error.
 pub fn read_reply(frame: &ReceivedFrame) -> Result<PeerReply, LaneError> {
     match frame.reply()? {
         PeerReply::Refused(refusal) => Err(LaneError::Refused(refusal)),
@@ -203,16 +203,17 @@ struct PeerLane {
     to: NodeId,
     lane: Lane,
     state: Mutex<LaneState>,
-    /// Told when there is something to dial for, and when the peer has moved.
+    /// Notified when there is something to dial for, and when the peer has moved.
     called: Notify,
-    /// Bytes in its queue.
+    /// Bytes that are queued.
     queued: HeldBytes,
 }
 
 #[derive(Default)]
 struct LaneState {
     link: LinkState,
-    /// Which connection the queue belongs to: the stream of an earlier one takes nothing from it.
+    /// The connection that the queue belongs to: the stream of an earlier one takes nothing from
+    /// it.
     generation: u64,
     queue: VecDeque<(Bytes, Option<Reservation>)>,
     queue_bytes: usize,
@@ -220,14 +221,14 @@ struct LaneState {
     /// Bytes of the frames that are not answered yet.
     unanswered_bytes: usize,
     next_sequence: u64,
-    /// Since when a call has been waiting without a sign that the peer is there.
+    /// Since when a call has waited without a sign of life of the peer.
     waiting_since: Option<Instant>,
-    /// Bytes that the connection has taken since something was heard.
+    /// Bytes that the connection has accepted since the last sign of life.
     taken_bytes: usize,
     waker: Option<Waker>,
 }
 
-/// Who waits for an answer.
+/// A caller that waits for a reply.
 struct PendingCall {
     caller: oneshot::Sender<Result<ReceivedFrame, LaneError>>,
     bytes: usize,
@@ -240,14 +241,14 @@ enum LinkState {
     Idle,
     /// Dialled or up, to this peer.
     Up(Peer),
-    /// Failed a moment ago.
+    /// Failed a moment ago; a pause follows.
     Down(LaneError),
     Closed,
 }
 
 impl LaneState {
-    /// The connection has taken so many bytes. It takes more than it holds itself only while the
-    /// peer takes them.
+    /// Notes that the connection has accepted `bytes`. Beyond what it buffers itself, it accepts
+    /// more only while the peer does.
     fn note_taken(&mut self, bytes: usize) {
         self.taken_bytes += bytes;
         if self.taken_bytes > CONNECTION_BYTES_MAX && self.waiting_since.is_some() {
@@ -266,7 +267,7 @@ impl LaneState {
         (self.unanswered_bytes, self.taken_bytes) = (0, 0);
         self.waiting_since = None;
         self.link = link;
-        // The stream of the old connection must see that it has ended.
+        // Wakes the stream of the old connection, to see that it has ended.
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
@@ -310,7 +311,7 @@ impl PeerLane {
         state.waiting_since.get_or_insert_with(Instant::now);
         state.unanswered_bytes += bytes;
         state.queue_bytes += bytes;
-        // Those of callers that have given up are in the queue all the same.
+        // Frames of callers that have given up are still in the queue.
         let under_way = state.unanswered_bytes.max(state.queue_bytes);
         state.queue.push_back((frame.seal(sequence), place));
         let waker = state.waker.take();
@@ -325,7 +326,7 @@ impl PeerLane {
     }
 }
 
-/// The bytes that go out over one connection of a lane.
+/// The stream of the bytes that go out over one connection of a lane.
 struct OutgoingFrames {
     lane: Arc<PeerLane>,
     generation: u64,
@@ -374,7 +375,7 @@ impl Stream for OutgoingFrames {
     }
 }
 
-/// Keeps a lane up for as long as it is used.
+/// Keeps a lane up as long as it is used.
 async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
     let mut pause = PAUSE_MIN;
     loop {
@@ -399,7 +400,7 @@ async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
     }
 }
 
-/// Dials the peer and delivers replies until the connection ends; returns why it did.
+/// Dials the peer and delivers replies until the connection ends. Returns the reason why it did.
 async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError {
     let Some((cluster, from)) = parts.identity.get() else {
         return LaneError::Down("this node belongs to no cluster yet".into());
@@ -442,7 +443,7 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
             let error = deliver(parts, lane, &peer, generation, incoming).await;
             if let LaneError::Refused(PeerRefusal::OtherTimings(theirs)) = &error {
                 let (peer, own) = (lane.to, parts.lease_timings);
-                // Each dial finds it again.
+                // Logged rarely, because each dial finds it again.
                 rarely!(
                     error,
                     "{peer} refuses this node: it runs {theirs}, and this node {own}; give all \
@@ -494,7 +495,7 @@ async fn deliver(
         match chunk {
             None => return LaneError::Broken("the peer ended it".into()),
             Some(Err(error)) => return error,
-            // As HTTP/2 may end a body: nobody has said anything.
+            // HTTP/2 may end a body with an empty chunk, which is no sign of life.
             Some(Ok(chunk)) if chunk.is_empty() => continue,
             Some(Ok(chunk)) => reader.push(chunk),
         }
@@ -504,7 +505,7 @@ async fn deliver(
         loop {
             match hand_out(lane, generation, &mut reader, &parts.reachability) {
                 Ok(None) => break,
-                // Before its first reply: none of an old copy may count.
+                // Checked before the first reply: no reply of an old copy may count.
                 Ok(Some(starts)) => {
                     if let Some(peer_directories) = parts.identity.peer_directories() {
                         match peer_directories.admit(peer.directory, &starts).await {
@@ -520,13 +521,14 @@ async fn deliver(
                 Err(error) => return error,
             }
         }
-        // Only now: another directory that answers under the address, and refuses, is not the node.
+        // Noted only now, because another directory that answers under the address, and refuses, is
+        // not the node.
         parts.liveness.note_reply(lane.to);
     }
 }
 
-/// Gives each reply that has arrived to its caller. A reply to the hello is a refusal of the whole
-/// lane, or tells the peer's starts: those are returned before anything else is read.
+/// Hands each reply that has arrived to its caller. A reply to the hello refuses the whole lane, or
+/// announces the peer's starts; those are returned before anything else is read.
 fn hand_out(
     lane: &PeerLane,
     generation: u64,
@@ -559,9 +561,9 @@ fn hand_out(
     Ok(None)
 }
 
-/// The sequence under which a whole lane is refused.
+/// The sequence number of replies to a hello, by which a whole lane is refused.
 pub(super) const HELLO_SEQUENCE: u64 = u64::MAX;
 
-/// The sequence under which the serving side says that it can't connect to the one that dialled.
-/// No call ever has it: programs that do not know it find nobody who waits for it.
+/// The sequence number under which the serving side says that it can't connect to the one that
+/// dialled. No call ever has it, so programs that do not know it ignore the frame.
 pub(super) const CANNOT_CONNECT_SEQUENCE: u64 = u64::MAX - 1;

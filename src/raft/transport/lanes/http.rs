@@ -20,7 +20,7 @@ const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 const HTTP_FRAME_BYTES: u32 = 1 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// A peer that is gone without a word is noticed within about twice this.
+/// Interval of keep-alive frames; a peer that vanishes is noticed within about twice this.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
 /// Dials peers over HTTP/2.
@@ -74,7 +74,8 @@ fn connection() -> reqwest::Result<reqwest::Client> {
         .build()
 }
 
-/// reqwest says what failed; only the causes say why.
+/// Formats an error with its causes: reqwest's own text says what failed, and only the causes say
+/// why.
 fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |error| error.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))

@@ -18,19 +18,19 @@ use tokio_util::sync::CancellationToken;
 use crate::raft::transport::Lane;
 use crate::types::NodeId;
 
-/// Lanes whose hello has not come. It comes with the first bytes, so the oldest of them is the
+/// Lanes whose hello has not arrived. It comes with the first bytes, so the oldest of them is the
 /// least likely to be one of ours.
 const UNKNOWN_MAX: usize = 256;
-/// Lanes of nodes that the view here does not know: newcomers are called by leaders that know more
-/// than they do.
+/// Lanes of nodes that the view known here does not have: leaders that know a newer view call a
+/// newcomer first.
 const STRANGERS_MAX: usize = 192;
-/// Connections of one lane of one member: the one that is used, and what is left of those that
-/// broke on its side alone.
+/// Connections of one lane of one member: the one that is used, and leftovers of those that broke
+/// on its side alone.
 const OF_MEMBER_MAX: usize = 4;
-/// A lane that is silent for so long makes room for another of its kind.
+/// Silence after which a lane makes room for another of its kind.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// Whose lane it is, as far as is known.
+/// The owner of a lane, as far as it is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LaneOwner {
     Unknown,
@@ -62,7 +62,7 @@ struct PermitHolder {
     ended: CancellationToken,
 }
 
-/// The seat of one lane, which is free again when this is dropped.
+/// The place of one lane, given back when this is dropped.
 #[derive(Debug)]
 pub struct LanePermit {
     limiter: Arc<LaneLimiter>,
@@ -73,7 +73,7 @@ pub struct LanePermit {
 }
 
 impl LaneLimiter {
-    /// Takes a seat, in place of a lane that says nothing if need be. None: all are in use.
+    /// Admits a lane, in place of a silent one if need be. Returns None if all places are in use.
     pub fn take(self: &Arc<Self>, owner: LaneOwner) -> Option<LanePermit> {
         let mut holders = self.lock();
         self.make_room(&mut holders, owner)?;
@@ -98,12 +98,12 @@ impl LaneLimiter {
         })
     }
 
-    /// Returns how many lanes are served.
+    /// Returns the number of lanes that are served.
     pub fn used(&self) -> usize {
         self.lock().len()
     }
 
-    /// Returns how many lanes found no seat, or had to give theirs up.
+    /// Returns the number of lanes that were refused, or had to make room.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
@@ -137,7 +137,7 @@ fn heard_at(heard: &Mutex<Instant>) -> Instant {
 }
 
 impl LanePermit {
-    /// Something came on the lane.
+    /// Notes that something arrived on the lane.
     pub fn note(&self) {
         *self.heard.lock() = Instant::now();
     }

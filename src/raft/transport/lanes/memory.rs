@@ -19,10 +19,10 @@ use crate::raft::transport::{Dial, Incoming, Lane, LaneError, Outgoing, Peer, Re
 use crate::sm::level::LEVEL;
 use crate::types::{Address, DirectoryId, NodeId};
 
-/// The nodes of a process, and which ways between them are cut.
+/// The nodes of a process, and the connections between them that are cut.
 pub struct MemoryHub {
     state: Mutex<HubState>,
-    /// Told when a way was cut or a node taken away.
+    /// Counts the changes, for those that wait for one.
     changed: watch::Sender<u64>,
 }
 
@@ -40,23 +40,23 @@ impl MemoryHub {
         })
     }
 
-    /// Puts a node in the place of whatever had its id.
+    /// Adds a node, in place of whatever had its id.
     pub fn add(&self, node: NodeId, registry: Arc<Registry>) {
         let directory = registry.identity().directory;
         self.change(|state| state.nodes.insert(node, (directory, registry)));
     }
 
-    /// Takes a node away; its lanes break.
+    /// Removes a node; its lanes break.
     pub fn remove(&self, node: NodeId) {
         self.change(|state| state.nodes.remove(&node));
     }
 
-    /// Lanes dialled by `from` to `to` break, and no new one is made.
+    /// Breaks the lanes dialled by `from` to `to`, and refuses new ones.
     pub fn cut(&self, from: NodeId, to: NodeId) {
         self.change(|state| state.cut.insert((from, to)));
     }
 
-    /// Cuts every way between this node and the others.
+    /// Cuts every connection between this node and the others.
     pub fn isolate(&self, node: NodeId) {
         self.change(|state| {
             let others: Vec<NodeId> = state
@@ -77,7 +77,7 @@ impl MemoryHub {
         self.change(|state| state.cut.clear());
     }
 
-    /// What `from` dials with.
+    /// Returns the dialer of `from`.
     pub fn dial_from(self: &Arc<Self>, from: NodeId) -> Arc<dyn Dial> {
         Arc::new(MemoryDial {
             hub: self.clone(),
@@ -97,7 +97,7 @@ impl MemoryHub {
             .flatten()
     }
 
-    /// Returns when the way to this very registry is no longer open.
+    /// Returns when the connection to this very registry is no longer open.
     async fn broken(self: Arc<Self>, from: NodeId, to: NodeId, registry: Arc<Registry>) {
         let mut changed = self.changed.subscribe();
         while self

@@ -23,18 +23,18 @@ use crate::sm::starts::{Start, Starts};
 use crate::storage::starts::{Lacking, StartBook};
 use crate::types::{DirectoryId, StartId};
 
-/// A start that was heard of within this time still runs. One whose process has ended says nothing
+/// A start that was heard from within this time still runs. A process that has ended says nothing
 /// more, and its lanes break.
 const RUNS_FOR: Duration = Duration::from_secs(3);
-/// After so long of being refused because another process runs with the same directory, it is one
-/// that goes on: what was only late has been read by then.
+/// Time of being refused because another process runs with the same directory, after which that
+/// process is believed to go on: anything late has been read by then.
 const DOUBLE_AFTER: Duration = Duration::from_secs(10);
-/// Refusals further apart than this have nothing to do with one another.
+/// Refusals further apart than this are unrelated.
 const DOUBLE_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// Refused directories that were told of. Past that they are told of again.
+/// Refused directories that were logged. Past that number they are logged again.
 const REPORTED_MAX: usize = 1024;
 
-/// What the peers of this node think of its data directory.
+/// The reason why peers refuse the data directory of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DirectoryRejection {
     /// A peer knows of a later start: this directory is an old copy, or the second of two.
@@ -43,13 +43,14 @@ pub enum DirectoryRejection {
     Doubled { by: String },
 }
 
-/// This node's starts, and those of the nodes that it has met.
+/// The starts of this node, and those of the nodes that it has met.
 pub struct PeerDirectories {
     book: Arc<StartBook>,
     contacts: Mutex<BTreeMap<DirectoryId, Arc<PeerContact>>>,
     began: Instant,
     reported: Mutex<BTreeSet<(DirectoryId, StartId)>>,
-    /// Since when, and when last, a peer said that another process runs with this directory.
+    /// The first and the last time in a row that a peer said that another process runs with this
+    /// directory.
     doubled: Mutex<Option<(Instant, Instant)>>,
     rejection: watch::Sender<Option<DirectoryRejection>>,
 }
@@ -58,15 +59,15 @@ pub struct PeerDirectories {
 #[derive(Debug)]
 struct PeerContact {
     start: Start,
-    /// Lanes that are up with it, from either side.
+    /// Number of lanes that are up with it, from either side.
     lanes: AtomicUsize,
-    /// When it was last heard of, in milliseconds since this node began.
+    /// When it was last heard from, in milliseconds since this node began.
     heard_ms: AtomicU64,
-    /// A later start has taken its place.
+    /// True once a later start has taken its place.
     is_over: AtomicBool,
 }
 
-/// One lane with a peer whose starts were taken.
+/// One lane with a peer whose starts were accepted.
 #[derive(Debug)]
 pub struct PeerSession {
     contact: Arc<PeerContact>,
@@ -74,8 +75,8 @@ pub struct PeerSession {
 }
 
 impl PeerSession {
-    /// Notes that the peer has spoken. False: a later start has taken its place, and it is not
-    /// listened to any more.
+    /// Notes that the peer has spoken. Returns false if a later start has taken its place, so that
+    /// it is no longer listened to.
     pub fn note(&self) -> bool {
         self.contact
             .heard_ms
@@ -102,17 +103,17 @@ impl PeerDirectories {
         })
     }
 
-    /// This node's own starts.
+    /// Returns this node's own starts.
     pub fn own(&self) -> &Starts {
         self.book.own()
     }
 
-    /// Takes or refuses the directory of a peer, and counts a lane with it. What is heard is
+    /// Accepts or refuses the directory of a peer, and counts a lane with it. What is learnt is
     /// durable when it returns.
     ///
     /// # Errors
     ///
-    /// Why the peer is refused.
+    /// The reason why the peer is refused.
     pub async fn admit(
         &self,
         directory: DirectoryId,
@@ -120,7 +121,7 @@ impl PeerDirectories {
     ) -> Result<PeerSession, PeerRefusal> {
         self.learn(directory, starts).await?;
         let mut contacts = self.contacts();
-        // Another start may have come in between.
+        // Checked again: another start may have come in between.
         self.verify(&contacts, directory, starts)?;
         let running = starts.running();
         let contact = contacts
@@ -139,11 +140,11 @@ impl PeerDirectories {
         Ok(session)
     }
 
-    /// As [`PeerDirectories::admit`], without a lane.
+    /// Accepts or refuses the directory of a peer like [`PeerDirectories::admit`], without a lane.
     ///
     /// # Errors
     ///
-    /// Why the peer is refused.
+    /// The reason why the peer is refused.
     pub async fn learn(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
         self.verify(&self.contacts(), directory, starts)?;
         if self.book.is_known(directory, starts) {
@@ -159,17 +160,17 @@ impl PeerDirectories {
         }
     }
 
-    /// Returns whether this start of the directory is the one that was heard of last.
+    /// Returns true if this start of the directory is the latest that was learnt.
     pub fn knows(&self, directory: DirectoryId, starts: &Starts) -> bool {
         self.book.is_known(directory, starts)
     }
 
-    /// Refuses a directory as [`PeerDirectories::learn`] does, and remembers nothing of it: anybody
+    /// Checks a directory like [`PeerDirectories::learn`], but records nothing, because anybody
     /// could have said so.
     ///
     /// # Errors
     ///
-    /// Why the peer is refused.
+    /// The reason why the peer is refused.
     pub fn check(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
         self.verify(&self.contacts(), directory, starts)
     }
@@ -197,10 +198,10 @@ impl PeerDirectories {
             && self.began.elapsed().saturating_sub(heard) < RUNS_FOR
     }
 
-    /// Refuses a directory, and says so once for each start of it.
+    /// Refuses a directory, and logs that once for each start of it.
     fn refuse(&self, directory: DirectoryId, starts: &Starts, lacking: Lacking) -> PeerRefusal {
         let known = lacking.start;
-        // What its process said before it was started again may be read late, and is no copy's.
+        // What the process said before its restart may be read late; that is no copy.
         if lacking.is_late {
             tracing::debug!(
                 "start {} of data directory {directory} is over: it is not listened to",
@@ -228,7 +229,8 @@ impl PeerDirectories {
         }
     }
 
-    /// Refuses a directory from now on, whatever it says: it lacks what its node has acknowledged.
+    /// Refuses a directory from now on, whatever it says, because it lacks what its node has
+    /// acknowledged.
     pub fn reject(&self, directory: DirectoryId) {
         let Some(contact) = self.contacts().get(&directory).cloned() else {
             return;
@@ -241,7 +243,7 @@ impl PeerDirectories {
             "data directory {directory} lacks entries that it has acknowledged: it is an old copy, \
             from before them, and is refused"
         );
-        // A start that it never made.
+        // Requires a start that the directory never made.
         let start = Start {
             number: contact.start.number,
             id: StartId(rand::random()),
@@ -257,7 +259,7 @@ impl PeerDirectories {
         });
     }
 
-    /// Takes notice of how a peer has refused this node.
+    /// Notes that a peer has refused this node.
     pub fn refused_by(&self, peer: &str, refusal: &PeerRefusal) {
         match refusal {
             PeerRefusal::Outdated { number } => self.reject_self(DirectoryRejection::Outdated {
@@ -301,7 +303,7 @@ impl PeerDirectories {
         });
     }
 
-    /// Resolves when this node's directory turns out to be none to go on with.
+    /// Resolves when peers refuse this node's directory for good.
     pub fn rejection(&self) -> impl Future<Output = DirectoryRejection> + use<> {
         let mut rejection = self.rejection.subscribe();
         async move {

@@ -18,14 +18,15 @@ use tokio::time::Instant;
 
 use crate::types::NodeId;
 
-/// How long it counts that a peer said it can't connect to this node. It says so with every reply.
+/// TTL of a report that a peer can't connect to this node. The peer repeats it with every reply.
 const REPORT_TTL: Duration = Duration::from_secs(1);
 
-/// Bounded by the number of nodes of the view, and those that proved to be of the cluster.
+/// Records which peers can't be connected to, and by which peers this node can't be. Bounded by the
+/// number of nodes of the view, and those that proved to be of the cluster.
 #[derive(Debug, Default)]
 pub struct Reachability {
     state: Mutex<ReachabilityState>,
-    /// How many are closed: replies ask.
+    /// Number of unreachable peers, read for every reply.
     unreachable: AtomicUsize,
     suspected: Notify,
     changed: Notify,
@@ -41,28 +42,28 @@ struct ReachabilityState {
 }
 
 impl Reachability {
-    /// Notes that a peer does not answer as it should: it may be out of reach.
+    /// Notes that a peer does not answer as it should: it may be unreachable.
     pub fn suspect(&self, node: NodeId) {
         let mut state = self.lock();
-        // That one is looked for anyway.
+        // An unreachable peer is probed anyway.
         if !state.unreachable.contains(&node) && state.suspects.insert(node) {
             self.suspected.notify_one();
         }
     }
 
-    /// Resolves when there may be doubts to take.
+    /// Resolves when there may be suspects to take.
     pub async fn suspected(&self) {
         self.suspected.notified().await;
     }
 
-    /// Returns the peers to be looked for: those in doubt, and those that can't be connected to.
+    /// Returns the peers to be probed: the suspects, and those that can't be connected to.
     pub fn take_suspects(&self) -> BTreeSet<NodeId> {
         let mut state = self.lock();
         let suspects = std::mem::take(&mut state.suspects);
         suspects.union(&state.unreachable).copied().collect()
     }
 
-    /// Notes whether this node can connect to a peer. Returns whether that is news.
+    /// Notes whether this node can connect to a peer. Returns true if that has changed.
     pub fn set_unreachable(&self, node: NodeId, is_unreachable: bool) -> bool {
         let mut state = self.lock();
         let is_news = match is_unreachable {
@@ -80,7 +81,7 @@ impl Reachability {
     /// Resolves when this node can't connect to a peer.
     pub async fn until_unreachable(&self, node: NodeId) {
         loop {
-            // Before the look: what changes after it is not missed.
+            // Subscribed before the check, so that a change in between is not missed.
             let changed = self.changed.notified();
             if self.is_unreachable(node) {
                 return;
@@ -89,17 +90,17 @@ impl Reachability {
         }
     }
 
-    /// Returns whether this node can't connect to a peer.
+    /// Returns true if this node can't connect to a peer.
     pub fn is_unreachable(&self, node: NodeId) -> bool {
         self.unreachable.load(Ordering::Relaxed) > 0 && self.lock().unreachable.contains(&node)
     }
 
-    /// A peer said that it can't connect to this node.
+    /// Notes that a peer said it can't connect to this node.
     pub fn note_unreachable_from(&self, node: NodeId) {
         self.lock().unreachable_from.insert(node, Instant::now());
     }
 
-    /// Returns the peers that said a moment ago that they can't connect to this node.
+    /// Returns the peers that said recently that they can't connect to this node.
     pub fn unreachable_from(&self) -> BTreeSet<NodeId> {
         let mut state = self.lock();
         state

@@ -37,20 +37,20 @@ use crate::raft::transport::wire::{
 use crate::telemetry::rarely;
 use crate::types::NodeId;
 
-/// Frames of one lane that are being worked on. Reached only if hundreds of groups stall at once;
-/// then the lane waits for them.
+/// Frames of one lane that are handled at once. Reached only if hundreds of groups stall together;
+/// then the lane waits.
 const FRAMES_MAX: usize = 8 << 10;
-/// Frames that are larger wait for their turn to be received. An append has about a mebibyte,
-/// unless an entry alone is larger.
+/// Size from which frames wait for their turn to be received. An append is about a mebibyte, unless
+/// an entry alone is larger.
 const LARGE_FRAME_BYTES: usize = 4 << 20;
-/// How long a hello, or the next piece of a large frame, is waited for.
+/// Time that a hello, or the next piece of a large frame, may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Replies go out in chunks of about this size.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// Serves one connection of a lane: `incoming` is what the peer sends, the stream that is returned
-/// goes back to it. It ends when `incoming` does, or with a refusal when the peer's first frame
-/// names other ends than itself and us.
+/// Serves one connection of a lane: `incoming` is what the peer sends, and the returned stream goes
+/// back to it. Ends when `incoming` does, or with a refusal if the peer's first frame is not from a
+/// peer to this node.
 pub fn serve_lane<I, E>(
     registry: Arc<Registry>,
     lane: Lane,
@@ -82,7 +82,7 @@ where
 type Working = BoxFuture<'static, (u64, PeerReply)>;
 type PendingGreeting = BoxFuture<'static, (NodeId, Result<PeerSession, PeerRefusal>)>;
 
-/// A seat, and what tells that it has to be given up.
+/// The permit of a lane, and the signal that it has to be given up.
 struct PermitGuard {
     permit: LanePermit,
     ended: Pin<Box<dyn Future<Output = ()> + Send>>,
@@ -113,15 +113,16 @@ struct LaneServer<I> {
     turn: LargeFrameTurn,
     /// Known once its hello was accepted.
     peer: Option<NodeId>,
-    /// Its hello is being judged: nothing more is read until then.
+    /// Set while its hello is checked; nothing more is read until then.
     greeting: Option<PendingGreeting>,
-    /// Its start was taken. None: it told of none.
+    /// Set if its start was accepted; None for a peer that announces none.
     session: Option<PeerSession>,
-    /// A request has come.
+    /// True once a request has arrived.
     is_used: bool,
     working: FuturesUnordered<Working>,
     out: BytesMut,
-    /// Nothing more is read. What is being worked on is dropped: nobody would hear the reply.
+    /// True if nothing more is read. Requests that are being handled are dropped, because nobody
+    /// would hear the reply.
     ended: bool,
 }
 
@@ -174,7 +175,7 @@ where
     }
 }
 
-/// The server drops it when the connection ends, mostly without having said so before.
+/// The server drops the stream when the connection ends, usually without another poll.
 impl<I> Drop for LaneServer<I> {
     fn drop(&mut self) {
         if let Some(peer) = self.peer.filter(|_| self.is_used) {
@@ -184,7 +185,8 @@ impl<I> Drop for LaneServer<I> {
 }
 
 impl<I> LaneServer<I> {
-    /// Returns whether the lane has to make room for another, or what it owes does not come.
+    /// Returns true if the lane has to make room for another, or what it owes does not arrive in
+    /// time.
     fn has_lost_patience(&mut self, context: &mut Context<'_>) -> bool {
         if let Some(permit) = &mut self.permit
             && permit.ended.as_mut().poll(context).is_ready()
@@ -198,8 +200,8 @@ impl<I> LaneServer<I> {
         owes && !self.ended && self.patience.as_mut().poll(context).is_ready()
     }
 
-    /// Whether the next piece may be taken. Not while it is one of a large frame whose turn has not
-    /// come: then this is polled again when it has.
+    /// Returns true if the next piece may be received. While it belongs to a large frame whose turn
+    /// has not come it may not; the task is woken when it may.
     fn may_receive(&mut self, context: &mut Context<'_>) -> bool {
         let Some(bytes) = self
             .reader
@@ -225,13 +227,13 @@ impl<I> LaneServer<I> {
             let Some(_permit) = permit else { return true };
             self.turn = LargeFrameTurn::Taken { _permit };
             self.patience.as_mut().reset(Instant::now() + PATIENCE);
-            // Polled once, so that it wakes this lane.
+            // Polled once, so that the timer wakes this lane.
             self.ended |= self.patience.as_mut().poll(context).is_ready();
         }
         !self.ended
     }
 
-    /// Returns whether no hello is being judged, and none was refused.
+    /// Returns true if no hello is being checked, and none was refused.
     fn is_greeted(&mut self, context: &mut Context<'_>) -> bool {
         let Some(greeting) = &mut self.greeting else {
             return true;
@@ -283,7 +285,7 @@ impl<I> LaneServer<I> {
         self.read();
     }
 
-    /// Begins what has arrived, as far as it may.
+    /// Begins to handle what has arrived, as far as it may.
     fn read(&mut self) {
         loop {
             match self.reader.next() {
@@ -331,8 +333,8 @@ impl<I> LaneServer<I> {
         let sequence = frame.sequence;
         let begun = match frame.request() {
             Ok((header, request, tail)) => {
-                // One that is good for a hello only would break again and again, and its peer pass
-                // for ended each time.
+                // Counted as up only now: a lane that gets no further than its hello would break
+                // again and again, and its peer would pass for dead each time.
                 if let Some(peer) = self
                     .peer
                     .filter(|_| !std::mem::replace(&mut self.is_used, true))
@@ -348,9 +350,9 @@ impl<I> LaneServer<I> {
             }
         };
         match begun {
-            // Tokio makes a task that has done much wait, and wakes what waited last first: appends
-            // would overtake one another on their way to the group, and a follower would refuse
-            // what it is about to have.
+            // Not subject to tokio's budget: tokio makes a task that has done much wait, and wakes
+            // the one that waited last first. Appends would overtake one another on their way to
+            // the group, and the follower would refuse them.
             Ok(reply) => {
                 self.working.push(Box::pin(unconstrained(
                     async move { (sequence, reply.await) },
@@ -362,7 +364,7 @@ impl<I> LaneServer<I> {
         }
     }
 
-    /// Greets the peer, and gives it the seat that it is entitled to.
+    /// Checks the hello, and takes the permit that the peer is entitled to.
     fn grant_permit(&mut self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
         let peer = self.greet(hello)?;
         let is_known = self.registry.knows(peer, hello.from_directory);
@@ -380,8 +382,8 @@ impl<I> LaneServer<I> {
         Ok(peer)
     }
 
-    /// Refuses a peer whose leases would not be those of this node. Programs that tell no pace are
-    /// taken as they are.
+    /// Refuses a peer whose lease timings differ from this node's. Programs that announce none are
+    /// accepted.
     fn compare_timings(
         &self,
         peer: NodeId,
@@ -397,7 +399,7 @@ impl<I> LaneServer<I> {
         } else {
             "is refused"
         };
-        // Each lane finds it again.
+        // Logged rarely, because each lane finds it again.
         rarely!(
             error,
             "{peer} {what}: it runs {theirs}, and this node {own}; give all nodes the same \
@@ -410,7 +412,7 @@ impl<I> LaneServer<I> {
         }
     }
 
-    /// Whether the lane is from a node of our cluster to this very node.
+    /// Checks that the hello is from a node of our cluster to this very node.
     fn greet(&self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
         let identity = self.registry.identity();
         if hello.to_directory != identity.directory {
