@@ -1,4 +1,4 @@
-//! [`ApplyProgress`]: since when an entry is being applied that has read nothing more of its map.
+//! [`ApplyProgress`]: shows when the entry that is being applied last read something of its map.
 
 use bytes::Bytes;
 use tokio::time::Instant;

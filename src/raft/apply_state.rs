@@ -1,5 +1,9 @@
-//! [`ApplyState`]: applies entries to what a replica keeps, and what the rest of the replica sees of
-//! that.
+//! [`ApplyState`]: applies entries to what a replica keeps, and shows the rest of the replica how
+//! far that is.
+//!
+//! Kept out: openraft, which [`StateMachine`](super::state_machine::StateMachine) adapts.
+//!
+//! Entries are applied strictly one after another, which is asserted.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

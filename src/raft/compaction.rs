@@ -1,4 +1,7 @@
-//! How a replica writes snapshots of its map and purges the log that they cover.
+//! How a replica writes snapshots of its map, and purges the log that they cover.
+//!
+//! Kept out: when a snapshot is due, which the node decides by bytes. The log is never purged past
+//! the last snapshot.
 
 use std::time::Duration;
 

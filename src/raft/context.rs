@@ -1,4 +1,5 @@
-//! [`RaftContext`]: what the replicas of a node share.
+//! [`RaftContext`]: the parts of a node that all of its replicas share. The registry makes one, and
+//! every replica holds it.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Why a group did not do what was asked. Each error says whether it certainly did nothing.
+//! The errors of a group. Each says whether it certainly did nothing.
 
 use std::time::Duration;
 

@@ -1,12 +1,14 @@
-//! [`FairBudget`]: memory that the groups of a node, or its lanes, have together for one purpose.
+//! [`FairBudget`]: memory that the groups of a node, or its lanes, share for one purpose.
 //!
-//! Bounds of each group alone don't bound a node: a thousand of them on a disk that stalls would
-//! hold gigabytes. So what is held is charged to a budget of the node. And no group may use all of
-//! it up, or one without a quorum would stop the others: each may hold as much as is free besides
-//! (Choudhury and Hahne, "Dynamic queue length thresholds", 1998). One holds at most half, two at
-//! most a third each; something is always free for the next. A little of each group is never
-//! refused, so that elections and changes of its members go on; and where nothing at all is held,
-//! anything is taken, so that whatever is valid can be done.
+//! A bound of each group alone does not bound a node: a thousand groups on a disk that stalls would
+//! hold gigabytes. So what they hold is charged to a budget of the node. And no group may use up
+//! all of it, or one without a quorum would stop the others: each may hold as much as is still free
+//! (Choudhury and Hahne, "Dynamic queue length thresholds", 1998). One group holds at most half,
+//! two at most a third each; something is always free for the next.
+//!
+//! A little of each group is never refused, so that elections and changes of its members go on. And
+//! while nothing at all is held, a request of any size is granted, so that everything valid can be
+//! done.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,13 +1,14 @@
-//! [`fit_log`]: whether the log of a replica and what it applied belong together, looked at before
+//! [`fit_log`]: checks that the log of a replica and what it has applied belong together, before
 //! the replica opens.
 //!
-//! A map is written down only when the log is durable through what it holds, so a log that ends
-//! below it was put there by somebody, or has lost its end: such a replica has forgotten what it
-//! promised, and takes no part. There is one exception. A snapshot of another replica becomes
-//! durable before the log that it replaces is purged; a process that ends between the two leaves a
-//! log that ends too early, or holds entries that the group never committed. That log makes way for
-//! the snapshot here, before openraft reads it: it would take what it compares by term first for
-//! newer than the snapshot, and stop.
+//! A map is written to disk only when the log is durable through what it holds. So a log that ends
+//! below the map was replaced by another, or has lost its end: the replica has forgotten what it
+//! promised, and takes no part.
+//!
+//! There is one exception. A snapshot of another replica becomes durable before the log that it
+//! replaces is purged. A process that dies in between leaves a log that ends too early, or holds
+//! entries that the group never committed. That log is purged here, before openraft reads it:
+//! openraft compares by term first, would take the log for newer than the snapshot, and stop.
 
 use tokio::sync::oneshot;
 

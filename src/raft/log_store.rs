@@ -1,10 +1,10 @@
 //! [`LogStore`]: the shared log as openraft sees it, one replica's part of it.
 //!
 //! The log keeps the order of a replica's operations, in memory at once and on the disk later. So
-//! votes and truncations are waited for; an append tells openraft by its callback, and a purge
-//! needs no word: nothing that follows it can become durable before it, and a failed sync fails
-//! everything after it. A truncation is waited for because a snapshot may follow it, whose file is
-//! not in the log.
+//! votes and truncations are awaited, and an append tells openraft by its callback. A purge needs
+//! neither, because nothing that follows it can become durable before it, and a failed sync fails
+//! everything after it. A truncation is awaited because a snapshot may follow it, whose file is not
+//! in the log.
 
 use std::fmt::Debug;
 use std::io;

@@ -1,4 +1,8 @@
-//! [`MapHold`]: keeps a map as it is, for another to take its place.
+//! [`MapHold`]: keeps a map as it is while another is fetched to take its place.
+//!
+//! A hold ends when the other map is in place, or when its deadline passes; each piece of the other
+//! map that arrives extends the deadline. Callers wait for holds by number, because a hold may end
+//! and another begin without being seen.
 
 use std::time::Duration;
 

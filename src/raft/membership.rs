@@ -1,4 +1,4 @@
-//! Changes of a group's membership. Each waits for its commit, but not for ever: a leader that has
+//! Changes of a group's membership. Each waits for its commit, but not forever: a leader that has
 //! lost its quorum commits nothing, and does not say so.
 
 use std::collections::BTreeSet;

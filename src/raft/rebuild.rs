@@ -1,11 +1,11 @@
-//! Rebuilding the map of a replica that differs from the others: it stops applying, takes a
-//! snapshot of the leader's map in place of its own, and goes on from there. Its log and its votes
-//! stay: they were not in doubt.
+//! How the map of a replica that differs from the others is rebuilt: the replica stops applying,
+//! takes a snapshot of the leader's map in place of its own, and goes on from there. Its log and
+//! its votes stay, because they were not in doubt.
 //!
-//! openraft has no part in it, and does not install what a replica has applied already. While the
-//! map is held ([`MapHold`]), entries are appended and acknowledged as ever; those that the new map
-//! holds are passed over then. After an end in the middle the old map is still there, and the next
-//! comparison finds it again.
+//! openraft has no part in this: it does not install what a replica has applied already. While the
+//! map is held ([`MapHold`](super::map_hold::MapHold)), entries are appended and acknowledged as
+//! usual; those that are in the new map are skipped afterwards. If the process ends in the middle,
+//! the old map is still there, and the next comparison finds the difference again.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! [`Registry`]: the replicas of this node that are alive, by group; and what they share: the log,
-//! the maps, the lanes.
+//! [`Registry`]: the live replicas of this node by group, and what they share: the log, the maps,
+//! the lanes.
 //!
 //! At most one replica of a group lives here at a time. Frames find their replica here; they never
 //! create one.

@@ -1,9 +1,10 @@
-//! [`Replica`]: one replica of one group, alive: its log, its map, openraft between them, and what
-//! callers may ask.
+//! [`Replica`]: one live replica of one group: its log, its map, and openraft between them.
 //!
-//! Around openraft's own tasks a group has three: the proposer, the reads, and a monitor that
-//! publishes changes and says once why a replica stopped. They end with the group. Who leads is
-//! always as this replica knows it.
+//! Callers ask it by what concerns them: proposals and reads (`proposal/admission`), transfers of
+//! its lead (`election/transfer`), members (`membership`), snapshots and the log (`compaction`).
+//! Besides openraft's own tasks a replica has three: the proposer, the ReadIndex rounds, and a
+//! monitor that publishes changes and logs once why a replica stopped. They end with the replica.
+//! The leader is always the one that this replica knows.
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! [`ReplicaStore`]: what a replica keeps of the entries that it applies, and [`SnapshotData`], what
+//! [`ReplicaStore`]: what a replica keeps of the entries that it applies. [`SnapshotData`]: what
 //! replicas send each other in place of the beginning of the log.
 
 use super::witness_store::WitnessStore;

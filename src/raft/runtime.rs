@@ -1,9 +1,9 @@
-//! The runtime seam: [`Runtime`], what openraft spawns, sleeps and draws random numbers with.
+//! [`Runtime`]: the seam through which openraft spawns tasks, sleeps and draws random numbers.
 //!
-//! It is tokio, of any flavour: a current-thread runtime with paused time makes every timer of
-//! openraft deterministic. What tokio lacks is a random source that a simulation can seed:
-//! [`seed_this_thread`] gives this thread one. Without it the numbers (election timeouts, the phase
-//! of ticks) come from the system. Nothing else of the layer draws random numbers.
+//! It is tokio, of any flavour: on a current-thread runtime with paused time every timer of
+//! openraft is deterministic. tokio lacks a random source that a simulation can seed, so
+//! [`seed_this_thread`] gives this thread one. Without it the numbers (election timeouts) come from
+//! the system. Nothing else in `raft/` draws random numbers.
 
 use std::cell::Cell;
 use std::convert::Infallible;

@@ -1,4 +1,4 @@
-//! What a group does about damage that was found in what it keeps on the disk.
+//! How a replica repairs damage that was found in its files.
 
 use super::replica::Replica;
 use super::witness::WitnessReplica;

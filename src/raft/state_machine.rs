@@ -1,10 +1,11 @@
-//! [`StateMachine`]: the map of a replica as openraft sees it. Decodes entries, applies them by the
-//! core, and answers. That of a witness notes only how far it is, and the membership.
+//! [`StateMachine`]: a replica's map as openraft sees it. Hands entries to [`ApplyState`], and
+//! answers their callers. The state machine of a witness records only how far it is, and the
+//! membership.
 //!
-//! Each entry is applied on its own: its changes, its log id and the membership go into the map in
-//! one step, and the next entry sees them. Openraft holds the answers until the whole stream is
-//! read; here each goes out as soon as its entry is applied. While what entries change must be read
-//! from the disk, they are applied on threads that hold up nobody else.
+//! Each entry is applied by itself: its changes, its log id and the membership go into the map in
+//! one step, and the next entry sees them. openraft would hold the answers until the whole stream
+//! is read; here each goes out as soon as its entry is applied. While entries have to read the
+//! disk, they are applied on threads that hold up nobody else.
 //!
 //! An error is final: the replica has met a broken disk or an entry that it can't decode, and going
 //! on would make replicas differ.

@@ -1,4 +1,4 @@
-//! What a group says of itself: [`RaftStatus`] at a moment, [`ReplicaWatch`] as it changes,
+//! What a replica reports: [`RaftStatus`] at one moment, [`ReplicaWatch`] as it changes, and the
 //! [`Freshness`] of its map.
 
 use parking_lot::Mutex;

@@ -1,16 +1,16 @@
 //! [`RaftTimings`]: how fast a group notices that its leader is gone, and what that costs when it
 //! is not.
 //!
-//! A leader whose process has ended is known by its broken lanes, and replaced after a round of
+//! A leader whose process has died is recognised by its broken lanes, and replaced after a round of
 //! votes: well below 0.1 s. One that falls silent otherwise is replaced after the lease that its
 //! followers gave it (`election_ms_max`, counted from its last heartbeat) plus the shorter of the
 //! survivors' random timeouts (`election_ms_min` to `election_ms_max`), a pre-vote and a vote. With
-//! the defaults: 420 + about 280 − 60 + 50, so about 0.7 s. A leader must be silent for at least
-//! 630 ms to be replaced, which a loaded machine that syncs its disk does not reach: heartbeats
-//! wait for no disk of the leader.
+//! the defaults that is 420 + about 280 − 60 + 50, so about 0.7 s. A leader must be silent for at
+//! least 630 ms to be replaced, which a loaded machine that syncs its disk does not reach, because
+//! heartbeats do not wait for the leader's disk.
 //!
 //! An idle group costs its heartbeats and no more (see `election`). With thousands of groups on a
-//! small machine take longer times.
+//! small machine use longer times.
 
 use std::sync::Arc;
 use std::time::Duration;

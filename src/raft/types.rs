@@ -1,8 +1,8 @@
 //! openraft's type config, [`Types`], and the conversions between its values and ours.
 //!
 //! A proposal travels as the bytes of its encoded command: the log and the peers carry them as they
-//! are, and only apply decodes them. Members name a node by its id, never by its address: addresses
-//! change, memberships are a disk format.
+//! are, and only apply decodes them. Members name a node by its id, never by its address, because
+//! addresses change and memberships are a disk format.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

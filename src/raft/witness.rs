@@ -1,17 +1,17 @@
 //! Witnesses: replicas that vote and keep the log, and have no map. A group of two replicas with a
 //! witness survives the loss of any one of the three.
 //!
-//! What holds, so that a witness may vote for entries that it could never serve:
-//! - It is in a group only while it has, or a majority of the replicas with a map has, every entry
-//!   that one of those may lack: it becomes a voter, and others become voters beside it, only when
-//!   each replica with a map has all that is committed (`sm::cluster::membership`), and it purges only what
-//!   each has durably ([`Replica::advertise_purge_index`] says how far that is).
-//! - It never sends a snapshot, having none: a replica that lacks what the witness no longer has
-//!   must be brought up to date by another that has a map, and refuses a witness's snapshot. A
-//!   witness that lacks what its leader no longer has is told how far that is, and what the
-//!   membership was; that is its snapshot.
-//! - When it leads, which it does only when no other voter can (see
-//!   [`ElectionTimer`](super::election::timer::ElectionTimer)), it takes no requests, changes
+//! So that a witness may vote for entries that it could never serve:
+//! - It is a voter only while it, or a majority of the replicas with a map, has every entry that
+//!   one of those may lack. It becomes a voter, and others become voters beside it, only when each
+//!   replica with a map has all that is committed (`sm::membership`). And it purges only what each
+//!   of them has durably; [`Replica::advertise_purge_index`] tells it how far that is.
+//! - It never sends a snapshot, because it has none. A replica that lacks what the witness no
+//!   longer has must be brought up to date by another that has a map, and refuses a witness's
+//!   snapshot. A witness that lacks what its leader no longer has is sent a watermark in place of a
+//!   snapshot: how far that is, and the membership then.
+//! - It leads only when no other voter can (see
+//!   [`ElectionTimer`](super::election::timer::ElectionTimer)). Then it takes no requests, changes
 //!   nothing, brings the others up to date and hands over to the first that is
 //!   ([`transfer_leadership_when_ready`]).
 

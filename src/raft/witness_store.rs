@@ -1,4 +1,8 @@
-//! [`WitnessStore`]: what a witness keeps instead of a map: how far it is, and the membership then.
+//! [`WitnessStore`]: what a witness keeps instead of a map, namely how far it is, and the
+//! membership then.
+//!
+//! In memory it follows the log. Its file, the watermark, is written only when the log is durable
+//! up to there, and before the log is purged.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! [`ElectionCounters`]: how steadily the groups of a node are led, in numbers.
+//! [`ElectionCounters`]: counts how steadily the groups of a node are led.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

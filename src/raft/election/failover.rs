@@ -1,5 +1,9 @@
-//! How a replica takes part in elections: what the election timer makes it do, and how it follows up
-//! when the process of its leader has died.
+//! How a replica does what its election timer says, and how it campaigns early when the process of
+//! its leader has died (the fast failover).
+//!
+//! A leader's process is taken for dead when all of its lanes have broken
+//! ([`PeerLiveness`](super::liveness::PeerLiveness)). Where reads rest on leases there is no fast
+//! failover: a lease must never be ended on a guess.
 
 use futures::FutureExt;
 use openraft::async_runtime::watch::WatchReceiver;

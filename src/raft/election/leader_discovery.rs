@@ -1,8 +1,8 @@
-//! How a leader that hands over, and that nobody can connect to, finds out who leads now.
+//! How a leader that transfers its lead, and that nobody can connect to, finds out who leads now.
 //!
-//! From the moment on that it hands over it sends nothing, so that no reply tells it of a later
-//! term, and whoever leads next can't send it anything either. It would take itself for the leader
-//! for as long as that lasts.
+//! From the moment of the transfer it sends nothing, so no reply tells it of a later term; and the
+//! next leader can't send it anything either. It would take itself for the leader as long as that
+//! lasts.
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::AppendEntriesRequest;

@@ -1,8 +1,7 @@
 //! [`LeaseTimings`]: the timings that leases rest on, which nodes compare before anything else.
 //!
-//! A leader that reads by its lease counts on followers that vote for no other for as long. Were
-//! the times not the same on both sides, it could read what another leader has changed, and nobody
-//! would see it.
+//! A leader that reads by its lease counts on followers that vote for no other for as long. If the
+//! timings differed, it could read what another leader has changed, and nobody would notice.
 
 use std::fmt::{self, Display, Formatter};
 

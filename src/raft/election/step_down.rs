@@ -1,10 +1,10 @@
 //! How a leader that is held up by its own node gives its group to a replica that is not.
 //!
 //! openraft saves its vote before it does anything else, and a disk that hangs never saves it: once
-//! another replica asks for the vote of this one, its core waits for the disk, and what it says of
-//! itself is of before. So a leader that steps down says that it leads no more from the moment on
-//! at which it has asked another to lead, for as long as its term is the same; clients are then
-//! sent away at once instead of waiting for a core that does not answer.
+//! another replica asks for its vote, the core waits for the disk, and what it reports is out of
+//! date. So a leader that steps down reports that it no longer leads, from the moment it has asked
+//! another to lead, as long as its term stays the same. Clients are then sent away at once instead
+//! of waiting for a core that does not answer.
 
 use std::pin::pin;
 use std::sync::atomic::Ordering;

@@ -1,15 +1,15 @@
-//! The election timer of a node: one task that makes leaders send heartbeats and followers
-//! campaign, for every group.
+//! [`ElectionTimer`]: decides when a leader sends heartbeats and when a follower campaigns. One
+//! task ticks the timers of all replicas of a node.
 //!
-//! Openraft's own ticks would wake each replica about forty times a second to find that nothing is
+//! openraft's own ticks would wake each replica about forty times a second to find that nothing is
 //! due; with a thousand replicas that alone takes most of a core. So they are off, and
-//! [`run_election_timers`] looks at all groups in one go. What a replica then does is openraft's:
-//! it refuses to campaign while the lease of a leader holds, and asks for pre-votes first.
+//! [`run_election_timers`] looks at all replicas in one go. openraft decides what a campaign is
+//! worth: it refuses to campaign while the lease of a leader holds, and asks for pre-votes first.
 //!
-//! On a machine that has more to do than it can, a leader that is only slow must not pass for one
-//! that is gone. So silence counts only while this node ran: its own timer comes late too
-//! ([`ElectionTimer::skip_pause`]). And where the words of a leader that goes on leading come late,
-//! they are waited for longer for a while ([`HeartbeatDelay`]).
+//! On an overloaded machine a leader that is only slow must not pass for one that is gone. So
+//! silence counts only while this node ran, judged by how late its own timer is
+//! ([`ElectionTimer::skip_pause`]). And if messages of a leader that goes on leading come late,
+//! later ones are awaited longer for a while ([`HeartbeatDelay`]).
 
 use parking_lot::{Mutex, MutexGuard};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! How a leader hands its group to another voter, and to which.
+//! How a leader hands its group to another voter, and which voter it chooses.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

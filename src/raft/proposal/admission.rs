@@ -1,5 +1,7 @@
-//! What a replica checks before it takes a proposal or a read, and the proposals that are entries of
-//! their own.
+//! Admits proposals and reads to a replica: refuses what it must not take, and proposes the commands
+//! that are entries of their own.
+//!
+//! An error other than `Unknown` means that nothing was proposed.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

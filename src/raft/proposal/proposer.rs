@@ -2,16 +2,17 @@
 //!
 //! An entry costs about the same whether it carries one write or two hundred: a record and its
 //! share of a sync on every replica, two frames and their replies, and openraft's bookkeeping. So a
-//! write that finds [`ENTRIES_EAGER`] entries under way waits, and goes with all others that came
-//! meanwhile in the next one. An idle group therefore answers at the latency of one entry; a busy
-//! one makes its entries as large as its load, without a timer. Full entries gain nothing by
-//! waiting: of these [`ENTRIES_MAX`] may be under way.
+//! write that finds [`ENTRIES_EAGER`] entries in flight waits, and goes in the next one with all
+//! others that came meanwhile. An idle group therefore answers at the latency of one entry, and a
+//! busy one makes its entries as large as its load, without a timer. Full entries gain nothing by
+//! waiting; of these [`ENTRIES_MAX`] may be in flight.
 //!
-//! What waits and what is under way is charged to the node's room for proposals: also when nobody
-//! waits for it any more, because openraft keeps an entry until it is committed or another leads.
+//! Writes that are queued or in flight are charged to the node's budget for proposals, even if
+//! their callers have given up, because openraft keeps an entry until it is committed or another
+//! replica leads.
 //!
-//! Every write ends in exactly one of three ways: an outcome, a certain no, or unknown. A write is
-//! unknown from the moment its entry is handed to openraft until openraft says what became of it.
+//! Every write ends in exactly one of three ways: an outcome, a certain no, or unknown. Its outcome
+//! is unknown from the moment its entry is handed to openraft until openraft answers it.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;

@@ -1,9 +1,9 @@
-//! [`ReadIndex`]: confirms linearizable reads, many by one round.
+//! [`ReadIndex`]: confirms linearizable reads, many in one round.
 //!
-//! A round asks a quorum whether this replica still leads, and then waits until all that was
-//! committed when it began is applied here (ReadIndex: Ongaro's thesis, section 6.4). Reads
-//! that come while a round is under way share the next one. A read never joins a round that was
-//! begun before it: what was acknowledged in between might be missing from it.
+//! A round asks a quorum whether this replica still leads, and then waits until everything that was
+//! committed when it began is applied here (ReadIndex: Ongaro's thesis, section 6.4). Reads that
+//! come during a round share the next one. A read never joins a round that began before it, because
+//! what was acknowledged in between might be missing from it.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;

@@ -1,4 +1,7 @@
-//! [`AppendStream`]: the pipeline of appends to one follower.
+//! [`AppendStream`]: the pipeline of appends from a leader to one follower.
+//!
+//! The window bounds what is in flight. Results come in the order of the requests, and each has a
+//! deadline.
 
 use std::collections::VecDeque;
 use std::pin::Pin;

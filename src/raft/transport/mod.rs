@@ -1,9 +1,9 @@
-//! The seam between replicas and the way to their peers.
+//! The transport between replicas: frames, the lanes that carry them, and openraft's network on
+//! top. This file is the seam to the byte streams below.
 //!
 //! [`Dial`] opens a stream of bytes each way to a peer: over HTTP/2 (`lanes::http`) or within the
-//! process (`lanes::memory`, for tests and simulation). [`Resolver`] says where a node is, by the
-//! newest view. [`NodeIdentity`] is who we are. What flows over the streams is the business of
-//! `lanes`.
+//! process (`lanes::memory`, for tests and simulation). [`Resolver`] finds a node's address in the
+//! newest view. [`NodeIdentity`] is who we are. What flows over the streams is left to `lanes`.
 
 mod append_stream;
 pub mod lanes;

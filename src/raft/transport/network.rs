@@ -1,9 +1,7 @@
-//! What openraft calls its network: one [`PeerClient`] per group, target and lane, which turns
-//! openraft's calls into frames.
+//! openraft's network: turns its calls into requests of a [`PeerClient`], one per group, target and
+//! lane.
 //!
-//! Every wait has a deadline here, because openraft sets none on streams. A failure to reach the
-//! peer is `Unreachable`, which makes openraft pause; a lost or late reply is `Network` or
-//! `Timeout`, after which it tries again soon.
+//! Every wait has a deadline here, because openraft sets none on streams.
 
 use std::future::Future;
 

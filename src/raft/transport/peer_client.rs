@@ -1,8 +1,8 @@
-//! [`PeerClient`]: the way of one group to one other replica over one lane: sends requests, and waits
-//! for their replies until a deadline.
+//! [`PeerClient`]: sends the requests of one group to one other replica over one lane, and waits
+//! for each reply until a deadline.
 //!
-//! A failure to reach the peer is `Unreachable`, which makes openraft pause; a lost or late reply is
-//! `Network` or `Timeout`, after which it tries again soon.
+//! A failure to reach the peer is `Unreachable`, which makes openraft pause; a lost or late reply
+//! is `Network` or `Timeout`, after which it tries again soon.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};

@@ -1,7 +1,7 @@
-//! What a replica does with the requests of others: from frame to openraft and back.
+//! How a replica handles the requests of others: from the frame to openraft and back.
 //!
-//! A frame is charged to the node's room for frames for as long as it is worked on. What openraft
-//! was given of a frame whose lane broke meanwhile waits in the log's queue, and is seen there.
+//! A frame is charged to the node's budget for frames while it is being handled. If its lane breaks
+//! meanwhile, what openraft was given of it waits in the log's queue, and is counted there.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

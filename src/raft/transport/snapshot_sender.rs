@@ -1,4 +1,9 @@
-//! [`send`]: a snapshot on its way to another replica.
+//! [`send`]: sends a snapshot to another replica, and waits until it is installed.
+//!
+//! The file travels in chunks, each answered with the number of bytes that have arrived, so a
+//! broken transfer goes on where it broke, even under a new leader that has the same file.
+//! Installing may take any time; the sender asks again until it is done. A witness asks for the
+//! watermark instead, and nothing of the map travels to it.
 
 use std::time::Duration;
 

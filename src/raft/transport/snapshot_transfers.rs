@@ -1,16 +1,16 @@
-//! [`SnapshotTransfers`]: which followers are being sent a snapshot, and what of the log they will
-//! need after it.
+//! [`SnapshotTransfers`]: records which followers are being sent a snapshot, and how much of the
+//! log they will need after it.
 //!
-//! Openraft purges the log without regard to them: a follower that takes longer to install a
-//! snapshot than writers take to bring about the next would find, when it is done, that the log
-//! goes on elsewhere, and would be sent another, for ever. So a leader keeps the log from the
-//! snapshot on that a follower was sent until that has caught up.
+//! openraft purges the log without regard to them. A follower that takes longer to install a
+//! snapshot than writers take to cause the next would find, when it is done, that the log begins
+//! later, and would be sent another, forever. So a leader keeps the log from the snapshot on until
+//! the follower has caught up.
 //!
-//! Not at any price. It may weigh as much as the snapshot itself ([`LOG_BYTES_FLOOR`] at least):
-//! past that the follower takes a snapshot more slowly than writers write one, and sending the next
-//! is no more than the log would be. Each that a follower needs before it has caught up doubles
-//! what is kept for it, up to eight times. And nothing is kept for it where the node's log is at
-//! its bound, or its disk nearly full.
+//! That is limited. The log may weigh as much as the snapshot itself ([`LOG_BYTES_FLOOR`] at
+//! least); past that the follower installs a snapshot more slowly than writers write one, and
+//! sending the next costs no more than the log would. Each further snapshot that a follower needs
+//! before it has caught up doubles the limit, up to eight times. And nothing is kept for it while
+//! the node's log has reached its limit, or its disk is nearly full.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;

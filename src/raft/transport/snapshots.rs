@@ -1,13 +1,9 @@
-//! Snapshots on their way between replicas: [`send`], and [`SnapshotInbox`], where one arrives.
+//! [`SnapshotInbox`]: receives a snapshot of another replica, and installs it.
 //!
-//! The file travels in chunks, each answered with how much has arrived, so a broken transfer goes
-//! on where it broke, also under a new leader that has the same file. Installing takes as long as
-//! it takes; the sender asks again until it is done. A sender of another term than the one that
-//! began an installation is not told of its result: it must never take another's installation for
+//! Chunks are written as they arrive, and the transfer may be resumed. Installing may take any
+//! time; the sender asks again until it is done. A sender of another term than the one that began
+//! an installation is not told of its result, because it must never take another's installation for
 //! its own.
-//!
-//! A witness asks for the mark instead: how far the snapshot is, and the membership then. Nothing
-//! of a map travels to it.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;

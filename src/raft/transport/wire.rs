@@ -1,5 +1,5 @@
-//! The frames between peers, as bytes. What they mean is in `network`, `snapshots` and `group`; how
-//! they travel, in `lanes`.
+//! The frames between peers, as bytes. Their meaning is in `network`, `snapshots` and
+//! `request_handler`; `lanes` carries them.
 //!
 //! ```text
 //! length u32 LE (of all that follows) | format u8 | sequence u64 LE | envelope (postcard) | tail

@@ -1,10 +1,9 @@
-//! [`LaneLimiter`]: how many lanes from others are served at once.
+//! [`LaneLimiter`]: limits how many lanes from others are served at once.
 //!
-//! Anybody who reaches the port can begin a lane, and names himself in its hello. So those that
-//! have said nothing yet, those of nodes that the view does not know (it may be an older one) and
-//! those of one member each have a number that they cannot exceed. Who says nothing makes room
-//! first: a node that is alive is never kept out by connections that are not, and its own do not
-//! add up.
+//! Anybody who reaches the port can open a lane, and name any node in its hello. So lanes that have
+//! said nothing yet, lanes of nodes that the view does not have (it may be an older one) and lanes
+//! of each member have a limit each. Silent lanes make room first: a node that is alive is never
+//! kept out by connections that are not, and its own do not add up.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;

@@ -1,5 +1,5 @@
-//! [`MemoryHub`]: lanes between registries of one process, for tests and simulation. Reachability
-//! between nodes can be cut and healed, and nodes taken away.
+//! [`MemoryHub`]: lanes between registries of one process, for tests and simulation. Connections
+//! between nodes can be cut and healed, and nodes removed.
 //!
 //! A lane in memory is the serving side's stream itself, polled by the caller's delivery task: the
 //! same bytes as over HTTP, no sockets, and no task or clock of its own, so a seeded

@@ -1,13 +1,13 @@
-//! [`PeerDirectories`]: whether a peer's data directory is the one that this node has heard of, and
+//! [`PeerDirectories`]: checks that a peer's data directory is the one that this node has met, and
 //! not an old copy or a second one.
 //!
-//! Both ends of a lane say their starts (`sm::starts`) before anything else, and each judges the
-//! other's: one that lacks a start that was heard of is refused, and none of its frames counts.
-//! What is heard is durable before a frame is looked at. A directory that runs twice is told by
-//! this: while a start of it is in contact, another is refused, for as long as the first goes on
-//! speaking.
+//! Both ends of a lane announce their starts (`sm::starts`) before anything else, and each checks
+//! the other's. A directory that lacks a start which is known of it is refused, and none of its
+//! frames counts. What is learnt is durable before a frame is looked at. This also detects a
+//! directory that runs twice: while one start of it is in contact, another is refused as long as
+//! the first goes on speaking.
 //!
-//! Peers of the first release say nothing of their starts, and are taken as they are.
+//! Peers of the first release announce no starts, and are accepted as they are.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet};

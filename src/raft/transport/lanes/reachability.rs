@@ -1,12 +1,13 @@
-//! [`Reachability`]: which peers this node can't connect to, and which of them said that of this
-//! node.
+//! [`Reachability`]: records which peers this node can't connect to, and which of them can't
+//! connect to this node.
 //!
 //! A lane runs over a connection that one side made, so two nodes can have lanes in one direction
-//! and none in the other. Who can't connect to a peer says so on the lanes that it serves for that
-//! peer: there is no other way to tell it. Programs that do not know the frame pass over it.
+//! and none in the other. A node that can't connect to a peer says so on the lanes that it serves
+//! for that peer, because there is no other way to tell it. Programs that do not know the frame
+//! ignore it.
 //!
-//! Nothing is looked for here. Who meets a peer that does not answer raises a doubt, and whoever
-//! takes the doubts finds out.
+//! Nothing is probed here. A caller that meets a peer which does not answer makes it a suspect, and
+//! whoever takes the suspects probes them.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet};

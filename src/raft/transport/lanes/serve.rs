@@ -2,13 +2,13 @@
 //! polled.
 //!
 //! No task and no channel stands between the connection and the groups. Frames are begun in the
-//! order in which they came: for each an append is in the group's own queue before the next is
-//! looked at. Replies go out as they are ready. A group that stalls holds its own frames only, and
-//! past a bound further ones of it are refused ([`PeerRefusal::Busy`]), so it can't fill the lane.
+//! order in which they came: an append is in its group's own queue before the next frame is looked
+//! at. Replies go out as they are ready. A group that stalls holds its own frames only, and past a
+//! bound further ones of it are refused ([`PeerRefusal::Busy`]), so it can't fill the lane.
 //!
-//! Before its hello a lane is anybody's: only so much is read as a hello takes, and only for a
-//! while. Large frames are received a few at a time on the whole node; the others wait on their
-//! way.
+//! Before its hello a lane may be anybody's: no more is read than a hello takes, and only for a
+//! while. Large frames are received a few at a time on the whole node; the others wait in their
+//! connections.
 
 use std::future::Future;
 use std::pin::Pin;
