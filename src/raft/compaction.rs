@@ -103,10 +103,10 @@ impl Replica {
         let status = self.status();
         let lanes = &self.context.lanes;
         let is_near = |node| {
-            let heard = lanes
+            let is_recent = lanes
                 .last_heard(node)
                 .is_some_and(|at| at.elapsed() < NEAR_WITHIN);
-            heard && !lanes.is_disconnected(node)
+            is_recent && !lanes.is_disconnected(node)
         };
         let behind = snapshot.index.saturating_sub(ENTRIES_BEHIND);
         let needed = status.purgeable(is_near).unwrap_or(0);

@@ -78,14 +78,14 @@ impl Replica {
         let complete = self.complete();
         let (key, watch) = (self.key(), self.watch.borrow());
         let membership = &watch.membership;
-        let others = membership.voters.iter().filter(|(replica, _)| {
+        let candidates = membership.voters.iter().filter(|(replica, _)| {
             **replica != key.replica
                 && !membership.is_witness(**replica)
                 && complete.contains(replica)
         });
-        let heard = others
+        let by_recency = candidates
             .filter_map(|(replica, node)| Some((self.context.lanes.last_heard(*node)?, *replica)));
-        heard
+        by_recency
             .filter(|(at, _)| at.elapsed() < HEARD_WITHIN)
             .max()
             .map(|(_, replica)| replica)

@@ -73,10 +73,10 @@ impl Replica {
             .transfer_leader(to)
             .await
             .map_err(|_| TransferError::Stopped)?;
-        let taken = watch.wait_for(|now| {
+        let took_over = watch.wait_for(|now| {
             now.failure.is_some() || now.leader.is_some_and(|leader| leader.replica == to)
         });
-        match tokio::time::timeout(timeout, taken).await {
+        match tokio::time::timeout(timeout, took_over).await {
             Ok(Ok(now)) if now.failure.is_none() => Ok(()),
             Ok(_) => Err(TransferError::Stopped),
             Err(_) => Err(TransferError::Late { to, timeout }),

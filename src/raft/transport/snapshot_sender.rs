@@ -48,27 +48,28 @@ pub async fn send(
             other => Err(unexpected(&other)),
         };
     }
-    let mut has = bytes_had(opened)?;
-    while has < name.bytes_len {
+    let mut bytes_sent = read_bytes_sent(opened)?;
+    while bytes_sent < name.bytes_len {
         let turn = client
             .budgets()
             .snapshot_pieces
             .acquire()
             .await
             .map_err(|_| LaneError::Closed)?;
-        let chunk = read_chunk(snapshot, has).await?;
+        let chunk = read_chunk(snapshot, bytes_sent).await?;
         let request = PeerRequest::SnapshotChunk {
             snapshot: name,
-            offset: has,
+            offset: bytes_sent,
         };
-        let now_has = bytes_had(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
+        let bytes_now =
+            read_bytes_sent(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
         drop((turn, chunk));
-        if now_has <= has {
+        if bytes_now <= bytes_sent {
             return Err(LaneError::Refused(PeerRefusal::Failed(format!(
-                "the snapshot does not grow past {has} bytes there"
+                "the snapshot does not grow past {bytes_sent} bytes there"
             ))));
         }
-        has = now_has;
+        bytes_sent = bytes_now;
     }
     loop {
         match client
@@ -117,7 +118,7 @@ async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneErr
         .map_err(|error| failed(error.to_string()))
 }
 
-fn bytes_had(reply: PeerReply) -> Result<u64, LaneError> {
+fn read_bytes_sent(reply: PeerReply) -> Result<u64, LaneError> {
     match reply {
         PeerReply::SnapshotHas { bytes_len } => Ok(bytes_len),
         other => Err(unexpected(&other)),

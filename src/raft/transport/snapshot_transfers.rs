@@ -109,20 +109,21 @@ impl SnapshotTransfers {
         matched: impl Fn(ReplicaId) -> Option<LogId>,
         bytes_since: impl Fn(u64) -> u64,
     ) -> u64 {
-        let mut upto = u64::MAX;
+        let mut index = u64::MAX;
         self.lock().retain(|replica, transfer| {
-            let has = matched(*replica)
+            let follower_index = matched(*replica)
                 .map_or(0, |id| id.index)
                 .max(transfer.index);
-            let has_caught_up =
-                transfer.ended.is_some() && has > transfer.index && has + ENTRIES_BEHIND > last;
+            let has_caught_up = transfer.ended.is_some()
+                && follower_index > transfer.index
+                && follower_index + ENTRIES_BEHIND > last;
             let needs_it = !has_caught_up && !transfer.is_over();
-            if needs_it && bytes_since(has) <= transfer.log_bytes_max() {
-                upto = upto.min(has);
+            if needs_it && bytes_since(follower_index) <= transfer.log_bytes_max() {
+                index = index.min(follower_index);
             }
             needs_it
         });
-        upto
+        index
     }
 }
 

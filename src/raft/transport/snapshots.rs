@@ -55,18 +55,18 @@ impl SnapshotInbox {
         let mut arriving = self.try_lock()?;
         match &*arriving {
             IncomingSnapshot::Some {
-                name: known,
+                name: current,
                 receiver,
-            } if *known == name => {
+            } if *current == name => {
                 return Ok(PeerReply::SnapshotHas {
                     bytes_len: receiver.bytes_len(),
                 });
             }
             IncomingSnapshot::Installing {
-                name: known,
+                name: current,
                 result,
                 ..
-            } if *known == name && !has_failed(result) => {
+            } if *current == name && !has_failed(result) => {
                 return Ok(PeerReply::SnapshotHas {
                     bytes_len: name.bytes_len,
                 });
@@ -96,13 +96,13 @@ impl SnapshotInbox {
     ) -> Result<PeerReply, PeerRefusal> {
         let mut arriving = self.lock();
         let IncomingSnapshot::Some {
-            name: known,
+            name: current,
             receiver,
         } = &mut *arriving
         else {
             return Err(not_arriving());
         };
-        if *known != name {
+        if *current != name {
             return Err(not_arriving());
         }
         match receiver.write_at(offset, chunk) {
@@ -150,9 +150,9 @@ impl SnapshotInbox {
         let mut arriving = self.try_lock()?;
         match std::mem::take(&mut *arriving) {
             IncomingSnapshot::Some {
-                name: known,
+                name: current,
                 receiver,
-            } if known == name && receiver.bytes_len() == name.bytes_len => {
+            } if current == name && receiver.bytes_len() == name.bytes_len => {
                 let (sender, result) = watch::channel(None);
                 *arriving = IncomingSnapshot::Installing {
                     name,
@@ -163,15 +163,15 @@ impl SnapshotInbox {
                 Ok(result)
             }
             IncomingSnapshot::Installing {
-                name: known,
-                vote: by,
+                name: current,
+                vote: current_vote,
                 result,
             } => {
-                let same = (known, by) == (name, vote);
+                let same = (current, current_vote) == (name, vote);
                 if same || is_running(&result) {
                     *arriving = IncomingSnapshot::Installing {
-                        name: known,
-                        vote: by,
+                        name: current,
+                        vote: current_vote,
                         result: result.clone(),
                     };
                 }

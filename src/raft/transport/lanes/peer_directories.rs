@@ -200,7 +200,7 @@ impl PeerDirectories {
 
     /// Refuses a directory, and logs that once for each start of it.
     fn refuse(&self, directory: DirectoryId, starts: &Starts, lacking: Lacking) -> PeerRefusal {
-        let known = lacking.start;
+        let missing_start = lacking.start;
         // What the process said before its restart may be read late; that is no copy.
         if lacking.is_late {
             tracing::debug!(
@@ -208,7 +208,7 @@ impl PeerDirectories {
                 starts.running().number
             );
             return PeerRefusal::Outdated {
-                number: known.number,
+                number: missing_start.number,
             };
         }
         let mut reported = self.reported.lock();
@@ -220,12 +220,12 @@ impl PeerDirectories {
             tracing::warn!(
                 "refused data directory {directory}: it is an old copy, for its node was started \
                  later ({}) than this copy knows ({}); what it said since is not in there",
-                known.number,
+                missing_start.number,
                 starts.running().number
             );
         }
         PeerRefusal::Outdated {
-            number: known.number,
+            number: missing_start.number,
         }
     }
 
@@ -296,9 +296,9 @@ impl PeerDirectories {
     }
 
     fn reject_self(&self, rejection: DirectoryRejection) {
-        self.rejection.send_if_modified(|known| {
-            let is_first = known.is_none();
-            known.get_or_insert(rejection);
+        self.rejection.send_if_modified(|reason| {
+            let is_first = reason.is_none();
+            reason.get_or_insert(rejection);
             is_first
         });
     }
