@@ -26,6 +26,8 @@ struct HoldState {
     deadline: Option<HoldDeadline>,
     /// The last snapshot that began to arrive, if the map was held then.
     arriving: Option<SnapshotName>,
+    /// The last hold ended without another map: a snapshot for it may still be on its way.
+    has_lapsed: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -52,6 +54,7 @@ impl MapHold {
         self.0.send_modify(|hold| {
             hold.number += 1;
             hold.deadline = Some(HoldDeadline::Until(Instant::now() + PATIENCE));
+            hold.has_lapsed = false;
             number = hold.number;
         });
         Some(number)
@@ -71,13 +74,18 @@ impl MapHold {
         is_held
     }
 
-    /// Notes that a snapshot begins to arrive.
-    pub fn note_arriving(&self, name: SnapshotName) {
+    /// A snapshot begins to arrive; `is_news`: there is something in it that is not applied here.
+    /// Returns whether it may: one without news that comes after a hold which ended in vain was
+    /// sent for that hold. Once only, as openraft may send one for reasons of its own.
+    pub fn note_arriving(&self, name: SnapshotName, is_news: bool) -> bool {
         let is_held = self.renew();
+        let mut is_late = false;
         self.0.send_if_modified(|hold| {
+            is_late = std::mem::take(&mut hold.has_lapsed) && !is_held && !is_news;
             hold.arriving = is_held.then_some(name);
             false
         });
+        !is_late
     }
 
     /// Returns true if this snapshot began to arrive while the map was held.
@@ -107,8 +115,11 @@ impl MapHold {
 
     /// Ends the current hold, whichever it is.
     pub fn clear(&self) {
-        self.0
-            .send_if_modified(|hold| hold.deadline.take().is_some());
+        self.0.send_if_modified(|hold| {
+            let was_held = hold.deadline.take().is_some();
+            hold.has_lapsed |= was_held;
+            was_held
+        });
     }
 
     pub fn is_set(&self) -> bool {
@@ -143,6 +154,7 @@ impl MapHold {
             ran_out = hold.number == number && is_due;
             if ran_out {
                 hold.deadline = None;
+                hold.has_lapsed = true;
             }
             ran_out
         });

@@ -251,3 +251,40 @@ async fn a_map_that_arrives_for_a_hold_that_is_over_is_refused() {
     drop(cut_off);
     cluster.stop_all().await;
 }
+
+#[tokio::test]
+async fn a_hold_that_is_over_before_the_map_is_sent_is_not_told_as_a_rebuild() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "before", "v").await;
+    let cut_off = CutOff::of(&cluster).await;
+    cut_off.hold().await;
+    // As if its patience had ended while the leader still wrote the snapshot.
+    cut_off.follower.apply_state.hold.clear();
+    cut_off.leader.build_snapshot().await.expect("a snapshot");
+    let snapshot = cut_off.leader.state().current_snapshot();
+    let name = name_of(&snapshot.expect("it is there"));
+    let open = || {
+        let open = PeerRequest::SnapshotOpen {
+            vote: cut_off.vote,
+            snapshot: name,
+        };
+        cut_off.ask(Lane::Snapshot, open, Vec::new())
+    };
+    let refused = open().await;
+    assert!(matches!(refused, PeerReply::Refused(_)), "{refused:?}");
+
+    // Whoever sends it for another reason is heard the next time.
+    assert_eq!(open().await, PeerReply::SnapshotHas { bytes_len: 0 });
+    // One that is asked for anew is awaited again.
+    cut_off.hold().await;
+    let (name, _) = cut_off.send_map().await;
+    let installed = cut_off.install(name).await;
+    assert!(
+        matches!(installed, PeerReply::SnapshotInstalled { .. }),
+        "{installed:?}"
+    );
+    assert_eq!(cut_off.follower.rebuilt(), 1);
+    drop(cut_off);
+    cluster.stop_all().await;
+}

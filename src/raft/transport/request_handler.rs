@@ -144,9 +144,13 @@ impl Replica {
     ) -> Handled {
         match request {
             PeerRequest::SnapshotOpen { snapshot, .. } => {
-                let opened = self.inbox.open(state, snapshot)?;
-                self.apply_state.hold.note_arriving(snapshot);
-                Ok(opened)
+                let is_news = snapshot.applied > state.applied().log_id;
+                if !self.apply_state.hold.note_arriving(snapshot, is_news) {
+                    // Openraft would find nothing in it to install, and the leader would be told
+                    // that the map is rebuilt.
+                    return Err(PeerRefusal::Failed("the map is held no more".into()));
+                }
+                self.inbox.open(state, snapshot)
             }
             PeerRequest::SnapshotChunk { snapshot, offset } => {
                 let (inbox, tail) = (self.inbox.clone(), tail.clone());
