@@ -146,6 +146,18 @@ pub struct Hosting {
     #[serde(default)]
     pub lacks_room: bool,
 }
+    /// It hands over what it leads, and is given nothing more to lead.
+    #[serde(default)]
+    pub is_stopping: bool,
+}
+
+impl Hosting {
+    /// Returns whether that replica is open there, and applies what is committed.
+    pub fn runs(&self, group: GroupId, replica: ReplicaId) -> bool {
+        self.replicas.iter().any(|hosted| {
+            hosted.group == group && hosted.replica == replica && hosted.failed.is_none()
+        })
+    }
 
 /// A replica that could not be opened on its node, or has stopped there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

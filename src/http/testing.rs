@@ -797,6 +797,7 @@ impl PeerService for Echo {
     }
 
     fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {
+            is_stopping: false,
         match report.cluster {
             ClusterId(7) => Ok(()),
             _ => Err(Failure::Invalid {

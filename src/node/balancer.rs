@@ -23,11 +23,12 @@ const STEADY_FOR: Duration = Duration::from_secs(3);
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 /// A home that was last heard of longer ago than this is not in reach.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
-/// How long a home is waited for that is asked whether its disk has room.
+/// How long a home is waited for that is asked whether it could lead.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Hands leaderships over to their homes, unless these lack room on their disks.
+/// Hands leaderships over to their homes, unless these lack room on their disks, are stopping, or
+/// have replicas that do not run.
 pub struct Balancer {
     member: Arc<Member>,
     /// The homes of shards that this node leads that have been good enough to lead, without a
@@ -111,9 +112,9 @@ impl Balancer {
         self.steady.remove(&id);
         let home = group.status().membership.node_of(replica);
         if let Some(home) = home
-            && self.member.has_room(home, ASK_TIMEOUT).await == Some(false)
+            && self.member.could_lead(home, id, replica, ASK_TIMEOUT).await == Some(false)
         {
-            // It would only hand the shard on.
+            // It would only hand the shard on, or not lead it at all.
             self.not_before.insert(id, Instant::now() + RETRY_AFTER);
             return;
         }

@@ -271,6 +271,7 @@ impl Joining {
             speaks,
             holds_level,
             lacks_room,
+            is_stopping: false,
         }
     }
 

@@ -326,6 +326,20 @@ impl Member {
     /// Whether a node is this one, or was heard of lately.
     pub fn is_in_reach(&self, node: NodeId, time: Duration) -> bool {
         node == self.node || self.heard_within(node, time)
+    /// Asks another node whether it could lead a shard by that replica: the replica runs, the disk
+    /// has room, and the node is not stopping. None: it did not answer.
+    pub async fn could_lead(
+        &self,
+        node: NodeId,
+        shard: GroupId,
+        replica: ReplicaId,
+        timeout: Duration,
+    ) -> Option<bool> {
+        let place = self.view().nodes.get(&node).cloned()?;
+        let hosting = self.peers.hosting(&place, timeout).await.ok()?;
+        Some(!hosting.lacks_room && !hosting.is_stopping && hosting.runs(shard, replica))
+    }
+
     }
 
     /// Waits a moment for a map newer than this one.

@@ -470,7 +470,11 @@ impl Node {
                 running
                     .member()
                     .hosting(running.lacks_room().is_some())
-                    .await
+                    .await;
+                Hosting {
+                    is_stopping: self.is_stopping.load(Ordering::Relaxed),
+                    ..hosting
+                }
             }
             None => self.joining.hosting(Vec::new(), Vec::new(), false),
         }
