@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 use super::node_flags::ServeArguments;
 use super::signals;
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
-    PromiseReply, PromiseRequest, SetUpError,
+    Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
+    Identity, PromiseReply, PromiseRequest, SetUpError,
 };
 use crate::client::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::store::Failure;
@@ -264,6 +264,10 @@ impl PeerService for NodeService {
 
     fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>> {
         Box::pin(self.node.hold_level(request))
+    }
+
+    fn disk_reported(&self, report: DiskReport) -> Result<(), Failure> {
+        self.node.disk_reported(report)
     }
 
     fn scrub_status(&self) -> Result<ScrubStatus, Failure> {

@@ -19,6 +19,7 @@ use super::call::silence;
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{NodeSpec, View};
+use crate::sm::disk_level::DiskLevel;
 use crate::sm::level::{LEVEL, TooOld};
 use crate::sm::recovery::FailureCause;
 use crate::sm::starts::{Start, Starts};
@@ -145,7 +146,6 @@ pub struct Hosting {
     /// Its disk is nearly full, and it takes no writes.
     #[serde(default)]
     pub lacks_room: bool,
-}
     /// It hands over what it leads, and is given nothing more to lead.
     #[serde(default)]
     pub is_stopping: bool,
@@ -158,6 +158,7 @@ impl Hosting {
             hosted.group == group && hosted.replica == replica && hosted.failed.is_none()
         })
     }
+}
 
 /// A replica that could not be opened on its node, or has stopped there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -176,6 +177,14 @@ pub struct FailedReplica {
 pub struct FailureReport {
     pub cluster: ClusterId,
     pub directory: DirectoryId,
+}
+
+/// Says how full the disk of a node is, and is repeated as long as it is nearly full.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    pub cluster: ClusterId,
+    pub directory: DirectoryId,
+    pub level: DiskLevel,
 }
 
 /// Asks a node to hold the level of its cluster where it is, or to do so no more.
@@ -453,6 +462,22 @@ impl PeerCaller {
         let post = self
             .http
             .post(format!("http://{address}/peer/failures"))
+            .json(report)
+            .timeout(timeout);
+        self.answer(address, post, SMALL_BYTES_MAX).await
+    }
+
+    /// Tells a node how full the disk is here. Programs that know no such reports answer with a
+    /// status that says so.
+    pub async fn report_disk(
+        &self,
+        address: &Address,
+        report: &DiskReport,
+        timeout: Duration,
+    ) -> Result<(), PeerError> {
+        let post = self
+            .http
+            .post(format!("http://{address}/peer/disk"))
             .json(report)
             .timeout(timeout);
         self.answer(address, post, SMALL_BYTES_MAX).await

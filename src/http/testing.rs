@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
-    PromiseReply, PromiseRequest, Standing,
+    Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
+    Identity, PromiseReply, PromiseRequest, Standing,
 };
 use crate::client::protocol::{
     ClusterStatus, Hop, NodeStatus, ReplicaHealth, ReplicaStatus, ScrubStatus, ShardReply,
@@ -760,6 +760,10 @@ impl PeerService for Echo {
         }))
     }
 
+    fn disk_reported(&self, _: DiskReport) -> Result<(), Failure> {
+        Ok(())
+    }
+
     fn scrub_status(&self) -> Result<ScrubStatus, Failure> {
         Ok(ScrubStatus::default())
     }
@@ -793,11 +797,11 @@ impl PeerService for Echo {
             speaks: LEVEL,
             holds_level: false,
             lacks_room: false,
+            is_stopping: false,
         }))
     }
 
     fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {
-            is_stopping: false,
         match report.cluster {
             ClusterId(7) => Ok(()),
             _ => Err(Failure::Invalid {

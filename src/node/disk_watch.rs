@@ -1,6 +1,7 @@
 //! [`DiskWatch`]: looks at how much of the disk is left. Where it is little, this node takes no
-//! writes of clients (`Replica::propose`), and its leads go to nodes that have more; when there is
-//! room again it takes writes by itself, and what waited for room goes on.
+//! writes of clients (`Replica::propose`), tells the others, and its leads go to nodes that have
+//! more; when there is room again it takes writes by itself, and what waited for room goes on. Where
+//! a majority of a shard's voters have told so, its leader takes no writes either.
 //!
 //! Another node is asked before it is given a lead, and leads come home only to one with room
 //! (`balancer`): so where all disks are full, leads stay where they are.
@@ -9,22 +10,26 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
+use crate::client::peer::DiskReport;
 use crate::raft::Replica;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::Log;
 use crate::storage::map::MapStore;
 use crate::telemetry::Rarely;
-use crate::types::{GroupId, NodeId};
+use crate::types::{DirectoryId, GroupId, NodeId};
 
 /// At the rate of a fast disk, so long takes what is left some way below the reserve and no
 /// further.
 const TICK: Duration = Duration::from_millis(500);
 /// Between two attempts to hand a shard over.
 const HAND_OVER_EVERY: Duration = Duration::from_secs(30);
+/// Between two reports to the others of a disk that is nearly full.
+const REPORT_EVERY: Duration = Duration::from_secs(2);
 /// A node that was last heard of longer ago than this is given no lead.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -37,17 +42,27 @@ pub struct DiskWatch {
     states: Arc<MapStore>,
     level: DiskLevel,
     not_before: HashMap<GroupId, Instant>,
+    /// What the others were told last, and when.
+    reported: Option<(DiskLevel, Instant)>,
+    directory: DirectoryId,
     unseen: Rarely,
 }
 
 impl DiskWatch {
-    pub fn new(member: Arc<Member>, log: Log, states: Arc<MapStore>) -> Self {
+    pub fn new(
+        member: Arc<Member>,
+        log: Log,
+        states: Arc<MapStore>,
+        directory: DirectoryId,
+    ) -> Self {
         Self {
             member,
             log,
             states,
             level: DiskLevel::Ample,
             not_before: HashMap::new(),
+            reported: None,
+            directory,
             unseen: Rarely::new(),
         }
     }
@@ -75,12 +90,58 @@ impl DiskWatch {
             self.tell(level);
             self.level = level;
         }
+        self.report(level).await;
+        self.note_levels_of_voters(level);
         if level == DiskLevel::Ample {
             self.not_before.clear();
         } else {
             self.hand_over().await;
         }
         self.states.write_what_waited_for_room();
+    }
+
+    /// Tells the other nodes how full the disk is, as long as that matters, and once more.
+    async fn report(&mut self, level: DiskLevel) {
+        let is_due = match self.reported {
+            None => level != DiskLevel::Ample,
+            Some((told, at)) => told != level || at.elapsed() >= REPORT_EVERY,
+        };
+        if !is_due {
+            return;
+        }
+        self.reported = (level != DiskLevel::Ample).then(|| (level, Instant::now()));
+        let report = DiskReport {
+            cluster: self.member.cluster,
+            directory: self.directory,
+            level,
+        };
+        let (view, member) = (self.member.view(), &self.member);
+        let others = view.nodes.iter().filter(|(id, _)| **id != member.node);
+        let told = others.map(|(_, node)| async {
+            let told = member
+                .peers
+                .report_disk(&node.address, &report, ASK_TIMEOUT)
+                .await;
+            if let Err(error) = told {
+                tracing::debug!("how full the disk is here was not reported: {error}");
+            }
+        });
+        join_all(told).await;
+    }
+
+    /// Has the leaders here know whether a majority could take what they propose.
+    fn note_levels_of_voters(&self, own: DiskLevel) {
+        for group in self.member.registry.groups() {
+            if group.key().group.is_meta() {
+                continue;
+            }
+            let voters = group.status().membership.voters;
+            let levels = voters.values().map(|node| match *node == self.member.node {
+                true => own,
+                false => self.member.full_disks.level_of(*node),
+            });
+            group.set_voters_disk_level(DiskLevel::of_majority(levels));
+        }
     }
 
     fn tell(&self, level: DiskLevel) {
@@ -94,7 +155,7 @@ impl DiskWatch {
                 tracing::error!(
                     free_mib,
                     reserve_mib,
-                    "the disk is nearly full: writes are refused here, reads go on"
+                    "the disk is nearly full: writes are refused here but for deletions, reads go on"
                 );
             }
             DiskLevel::Spent => {

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::failure_reports::FailureReports;
 use super::failures::Failures;
+use super::full_disks::FullDisks;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
@@ -73,6 +74,7 @@ pub struct Member {
     pub moves: MoveCounters,
     pub failures: Failures,
     pub reports: FailureReports,
+    pub full_disks: FullDisks,
     /// Since when this node has listened to others.
     pub began_at: Instant,
     /// How often replicas of each shard that this node led were found to differ.
@@ -272,6 +274,7 @@ impl Member {
             moves: MoveCounters::default(),
             failures: Failures::default(),
             reports: FailureReports::default(),
+            full_disks: FullDisks::default(),
             began_at: Instant::now(),
             differed: Mutex::default(),
             joining,
@@ -323,9 +326,6 @@ impl Member {
         Some(!hosting.lacks_room)
     }
 
-    /// Whether a node is this one, or was heard of lately.
-    pub fn is_in_reach(&self, node: NodeId, time: Duration) -> bool {
-        node == self.node || self.heard_within(node, time)
     /// Asks another node whether it could lead a shard by that replica: the replica runs, the disk
     /// has room, and the node is not stopping. None: it did not answer.
     pub async fn could_lead(
@@ -340,6 +340,9 @@ impl Member {
         Some(!hosting.lacks_room && !hosting.is_stopping && hosting.runs(shard, replica))
     }
 
+    /// Whether a node is this one, or was heard of lately.
+    pub fn is_in_reach(&self, node: NodeId, time: Duration) -> bool {
+        node == self.node || self.heard_within(node, time)
     }
 
     /// Waits a moment for a map newer than this one.

@@ -20,6 +20,7 @@ mod compactor;
 mod disk_watch;
 mod failure_reports;
 mod failures;
+mod full_disks;
 mod group_metrics;
 mod introduction;
 mod janitor;
@@ -53,8 +54,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
-    PeerCaller, PromiseReply, PromiseRequest,
+    Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
+    Identity, PeerCaller, PromiseReply, PromiseRequest,
 };
 use crate::client::protocol::{ClusterStatus, Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
@@ -467,7 +468,7 @@ impl Node {
     pub async fn hosting(&self) -> Hosting {
         match self.running.get() {
             Some(running) => {
-                running
+                let hosting = running
                     .member()
                     .hosting(running.lacks_room().is_some())
                     .await;
@@ -496,6 +497,28 @@ impl Node {
         written
             .map_err(|error| failed(error.to_string()))?
             .map_err(|error| failed(error.to_string()))
+    }
+
+    /// Hears how full the disk of another node is.
+    ///
+    /// # Errors
+    ///
+    /// When that node is none of this cluster, as far as is known here.
+    pub fn disk_reported(&self, report: DiskReport) -> Result<(), Failure> {
+        let Some(running) = self.running.get() else {
+            return Err(self.unavailable());
+        };
+        let member = running.member();
+        member.ensure_ours(report.cluster)?;
+        match member
+            .full_disks
+            .take(&member.view(), report.directory, report.level)
+        {
+            true => Ok(()),
+            false => Err(Failure::Invalid {
+                reason: "the view has no node with that directory".to_owned(),
+            }),
+        }
     }
 
     /// Returns how the last scrub of this node gets on.

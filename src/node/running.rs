@@ -188,8 +188,12 @@ impl Running {
         let janitor = Janitor::new(member.clone(), storage.log.clone(), config.log_bytes);
         tasks.start("balancer", |stop| async move { balancer.run(&stop).await });
         tasks.start("janitor", |stop| async move { janitor.run(&stop).await });
-        let disk_watch =
-            DiskWatch::new(member.clone(), storage.log.clone(), storage.states.clone());
+        let disk_watch = DiskWatch::new(
+            member.clone(),
+            storage.log.clone(),
+            storage.states.clone(),
+            joining.directory_id(),
+        );
         tasks.start(
             "disk-watch",
             |stop| async move { disk_watch.run(&stop).await },

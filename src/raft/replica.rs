@@ -36,6 +36,7 @@ use super::transport::peer_client::Network;
 use super::transport::snapshot_transfers::SnapshotTransfers;
 use super::transport::snapshots::SnapshotInbox;
 use super::types::{GroupMember, from_raft};
+use crate::sm::disk_level::DiskLevel;
 use crate::storage::ReplicaKey;
 use crate::storage::log::ReplicaLog;
 use crate::storage::map::ReplicaMap;
@@ -68,6 +69,8 @@ pub struct Replica {
     /// The reason why this leader refuses writes.
     pub(super) alarm: Mutex<Option<String>>,
     pub(super) is_read_only: AtomicBool,
+    /// How full the disks of a majority of the voters are, while this replica leads.
+    pub(super) voters_disk_level: Mutex<DiskLevel>,
     /// The term in which this replica gave up its lead; zero for none.
     pub(super) stepped_down: AtomicU64,
 }
@@ -157,6 +160,7 @@ impl Replica {
             is_stopping,
             alarm: Mutex::default(),
             is_read_only: AtomicBool::new(false),
+            voters_disk_level: Mutex::default(),
             stepped_down: AtomicU64::new(0),
         };
         let group = Arc::new(group);

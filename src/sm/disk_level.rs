@@ -4,6 +4,8 @@
 //! room for what is on its way already; and where others go on writing, a follower takes no more
 //! entries while there is still room for what its groups live by.
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes kept free by default, unless the disk is small. They hold what may be under way when the
 /// first write is refused: proposals (128 MiB on a node), the segments that the log prepares (two
 /// of 16 MiB), and a part of the tables that have to be written down before log can be given back.
@@ -33,11 +35,13 @@ impl DiskRoom {
 }
 
 /// Degrees of how full a disk is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskLevel {
     /// Writes are taken.
+    #[default]
     Ample,
-    /// Clients are refused, and leads are handed over. Followers go on.
+    /// Clients are refused, but for deletions, and leads are handed over. Followers go on.
     Low,
     /// Followers take no entries either.
     Spent,
@@ -55,6 +59,22 @@ impl DiskLevel {
             Self::Low
         } else {
             Self::Ample
+        }
+    }
+
+    /// Returns that of a shard whose voters have these: a majority of them is no fuller.
+    pub fn of_majority(voters: impl IntoIterator<Item = Self>) -> Self {
+        let mut levels: Vec<Self> = voters.into_iter().collect();
+        levels.sort_unstable();
+        levels.get(levels.len() / 2).copied().unwrap_or_default()
+    }
+
+    /// Returns whether a write is taken; `frees`: it does nothing but delete.
+    pub fn takes_write(self, frees: bool) -> bool {
+        match self {
+            Self::Ample => true,
+            Self::Low => frees,
+            Self::Spent => false,
         }
     }
 }
@@ -85,6 +105,27 @@ mod tests {
             Ample,
             "without a reserve nothing is refused"
         );
+    }
+
+    #[test]
+    fn a_shard_is_as_full_as_a_majority_of_its_voters() {
+        use DiskLevel::{Ample, Low, Spent};
+        let of = |levels: &[DiskLevel]| DiskLevel::of_majority(levels.iter().copied());
+        assert_eq!(of(&[]), Ample);
+        assert_eq!(of(&[Low]), Low);
+        assert_eq!(of(&[Ample, Low]), Low, "of two both are needed");
+        assert_eq!(of(&[Ample, Spent, Ample]), Ample);
+        assert_eq!(of(&[Spent, Ample, Low]), Low);
+        assert_eq!(of(&[Spent, Ample, Spent]), Spent);
+        assert_eq!(of(&[Ample, Low, Ample, Spent]), Low);
+    }
+
+    #[test]
+    fn what_frees_space_is_taken_until_the_disk_is_full() {
+        use DiskLevel::{Ample, Low, Spent};
+        let taken =
+            [Ample, Low, Spent].map(|level| [false, true].map(|frees| level.takes_write(frees)));
+        assert_eq!(taken, [[true, true], [false, true], [false, false]]);
     }
 
     #[test]

@@ -2,12 +2,14 @@
 //! meanwhile. A node whose map database gives up starts again by itself.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::ready;
+use tokio::time::Instant;
 
 use super::case::{hosts, until};
 use super::history::options;
@@ -17,11 +19,13 @@ use quorate::client::protocol::{ClusterStatus, ReplicaHealth};
 use quorate::client::remote::RemoteStore;
 use quorate::client::store::Store;
 use quorate::node::Node;
-use quorate::sm::kv::{Action, Condition, Media, Operation};
+use quorate::raft::ProposeError;
+use quorate::sm::cluster::view::PlacementSpec;
+use quorate::sm::kv::{Action, Condition, Media, Operation, Write};
 use quorate::sm::recovery::FailureCause;
 use quorate::storage::ReplicaKey;
 use quorate::storage::tree::Trees;
-use quorate::types::{GroupId, NodeId, SLOTS};
+use quorate::types::{Address, GroupId, NodeId, SLOTS};
 
 /// Three nodes, with a shard on each of them.
 struct Cluster {
@@ -528,5 +532,108 @@ async fn a_scrub_that_is_asked_for_begins_at_once_and_tells_what_it_found() {
     assert_eq!(second.damages[0].not_mended, None);
     let third = scrub().await;
     assert_eq!((third.number, third.damaged), (3, 0), "{third:?}");
+    cluster.end();
+}
+
+/// The others tell its leader, which proposes nothing that they could not take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_disks_of_the_followers_are_full_writes_are_certainly_not_done() {
+    let cluster = Cluster::start(Duration::from_secs(600)).await;
+    cluster.follower(SHARD).await;
+    let is_leader = |host: &&Arc<Host>| host.leads(SHARD);
+    let (leaders, followers): (Vec<_>, Vec<_>) = cluster.hosts.iter().partition(is_leader);
+    let group = leaders[0].group(SHARD).expect("it leads");
+    let set_room = |has_room: bool| {
+        for host in &followers {
+            let disk = &host.disks().disk;
+            let used: u64 = disk.files().iter().map(|(_, len)| *len).sum();
+            disk.set_capacity((!has_room).then_some(used + (4 << 10)));
+        }
+    };
+    set_room(false);
+    let write = || Write {
+        operations: vec![Operation {
+            key: Bytes::from_static(b"none"),
+            condition: Condition::None,
+            action: Action::Delete,
+        }],
+        idempotency_key: None,
+    };
+    let refused = until("it is refused", async || {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let proposed = group.propose(write(), deadline).await;
+        matches!(proposed, Err(ProposeError::NoRoom { .. }))
+    });
+    refused.await.expect("refused");
+    drop(group);
+    set_room(true);
+    cluster.write(3).await;
+    cluster.assert_holds(3).await;
+    cluster.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_file_of_a_witness_that_rots_is_found_by_a_scrub_and_written_anew() {
+    let all = addresses(3);
+    let asked = PlacementSpec {
+        replication_factor: Some(2),
+        shards: Some(1),
+        ..PlacementSpec::default()
+    };
+    let host = |(n, address): (u64, &Address)| Host::new(address.clone(), all.clone(), asked, n);
+    let hosts: Vec<Arc<Host>> = (1..).zip(&all).map(host).collect();
+    for host in &hosts {
+        host.watch(Arc::new(|_| Box::pin(ready(()))));
+        host.start();
+    }
+    let store = RemoteStore::connect(all.clone()).expect("a client");
+    let cluster = Cluster { hosts, store };
+    cluster.write(1).await;
+    let witness = |host: &Arc<Host>| {
+        let registry = host.node().and_then(|node| node.registry())?;
+        registry.witness(SHARD).map(|witness| witness.key())
+    };
+    let mut found = None;
+    until("there is a witness", async || {
+        found = cluster
+            .hosts
+            .iter()
+            .find_map(|host| Some((host, witness(host)?)));
+        found.is_some()
+    })
+    .await
+    .expect("a witness");
+    let (host, key) = found.expect("it was just there");
+
+    let node = host.node().expect("it is up");
+    let scrub = async || {
+        let number = node.begin_scrub().expect("a member").number;
+        let mut last = node.scrub_status().expect("a member");
+        until("it has ended", async || {
+            last = node.scrub_status().expect("a member");
+            last.number == number && !last.is_running
+        })
+        .await
+        .unwrap_or_else(|error| panic!("{error}: {last:?}"));
+        last
+    };
+    assert_eq!(scrub().await.damaged, 0);
+    let path = PathBuf::from(format!("/node/witnesses/{key}.mark"));
+    assert!(host.disks().disk.flip_bit(&path, 12, 3), "{path:?}");
+    let scrubbed = scrub().await;
+    assert_eq!((scrubbed.damaged, scrubbed.mended), (1, 1), "{scrubbed:?}");
+    assert_eq!(scrubbed.damages[0].kind, "witness");
+    assert_eq!(scrub().await.damaged, 0);
+
+    // A start believes the file, and finds a witness.
+    drop(node);
+    host.end(End::Kill);
+    host.bury();
+    host.start();
+    until("it is a witness again", async || witness(host) == Some(key))
+        .await
+        .expect("a witness");
+    cluster.write(2).await;
+    cluster.assert_holds(2).await;
     cluster.end();
 }

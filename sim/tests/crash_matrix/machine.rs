@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use quorate::node::machine::{Machine, Stepped};
+use quorate::sm::disk_level::DiskRoom;
 use quorate::sm::ports::StoreError;
 use quorate::storage::ReplicaKey;
 use quorate::storage::directory::{DataDirectory, DirectoryError};
@@ -244,6 +245,11 @@ impl Disk for PoweredDisk {
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let _on = self.power.need()?;
         self.disk.list(path)
+    }
+
+    fn room(&self, path: &Path) -> io::Result<DiskRoom> {
+        let _on = self.power.need()?;
+        self.disk.room(path)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`,
 //! `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`,
 //! `POST /peer/announce`, `POST /peer/invite`, `POST /peer/greet`, `POST /peer/hold`,
-//! `POST /peer/failures`. The messages are those of `client::peer` and `client::protocol`.
+//! `POST /peer/failures`, `POST /peer/disk`. The messages are those of `client::peer` and `client::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing
 //! of HTTP. A lane is one request whose body and answer both stream for as long as it lives, frame
@@ -29,8 +29,8 @@ use super::problem::{Code, Problem};
 use super::{App, Limits, SharedApp, blocking};
 use crate::budget::Share;
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
-    PromiseReply, PromiseRequest,
+    Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
+    Identity, PromiseReply, PromiseRequest,
 };
 use crate::client::protocol::{Hop, RELAY_QUERY, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::store::Failure;
@@ -45,7 +45,7 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 pub(super) const LANE_PREFIX: &str = "/peer/lane/";
 
 /// The other routes of peers, by method.
-const POSTED: [&str; 7] = [
+const POSTED: [&str; 8] = [
     "/peer/shard",
     "/peer/promise",
     "/peer/announce",
@@ -53,6 +53,7 @@ const POSTED: [&str; 7] = [
     "/peer/greet",
     "/peer/invite",
     "/peer/failures",
+    "/peer/disk",
 ];
 const GOT: [&str; 3] = ["/peer/identity", "/peer/replicas", "/peer/view"];
 
@@ -110,6 +111,9 @@ pub trait PeerService: Send + Sync + 'static {
     /// Hears that replicas have failed on another node.
     fn failures_reported(&self, report: FailureReport) -> Result<(), Failure>;
 
+    /// Hears how full the disk of another node is.
+    fn disk_reported(&self, report: DiskReport) -> Result<(), Failure>;
+
     /// Has the meta group, if this node leads it, apply what another node has to tell.
     fn announce(
         &self,
@@ -143,6 +147,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<SharedApp> {
         to_hold,
         to_greet,
         to_failures,
+        to_disk,
     ] = std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
         .route(
@@ -181,6 +186,10 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<SharedApp> {
         .route(
             "/peer/failures",
             post(move |State(app), request| failures(app, to_failures, request)),
+        )
+        .route(
+            "/peer/disk",
+            post(move |State(app), request| disk(app, to_disk, request)),
         )
         .route(
             "/peer/invite",
@@ -297,6 +306,16 @@ async fn failures(app: SharedApp, peers: Arc<dyn PeerService>, request: Request)
     match read_json(&app, request)
         .await
         .and_then(|report| Ok(peers.failures_reported(report)?))
+    {
+        Ok(()) => in_json(&()),
+        Err(problem) => problem.into_response(),
+    }
+}
+
+async fn disk(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    match read_json(&app, request)
+        .await
+        .and_then(|report| Ok(peers.disk_reported(report)?))
     {
         Ok(()) => in_json(&()),
         Err(problem) => problem.into_response(),

@@ -18,6 +18,7 @@ use crate::raft::replica::Replica;
 use crate::raft::status::Role;
 use crate::raft::types::{ApplyOutcome, Proposal, ResponderFn, Types};
 use crate::sm::cluster::meta;
+use crate::sm::disk_level::DiskLevel;
 use crate::sm::kv;
 use crate::sm::level::Feature;
 
@@ -45,7 +46,7 @@ impl Replica {
     ) -> Result<kv::WriteOutcome, ProposeError> {
         self.ensure_proposes()?;
         self.await_own_term(deadline).await?;
-        self.ensure_writable()?;
+        self.ensure_writable(write.frees())?;
         if self.context.log.overloaded() {
             return Err(ProposeError::Overloaded {
                 limit: "the log's disk does not keep up".into(),
@@ -63,7 +64,7 @@ impl Replica {
         self.ensure_allowed(command.needs())?;
         if !command.is_of_agreement() {
             self.await_own_term(deadline).await?;
-            self.ensure_writable()?;
+            self.ensure_writable(false)?;
         }
         match self.propose_entry(command.encode(), deadline).await? {
             ApplyOutcome::Shard(outcome) => Ok(outcome),
@@ -144,10 +145,29 @@ impl Replica {
         self.apply_state.read_only()
     }
 
-    fn ensure_writable(&self) -> Result<(), ProposeError> {
-        if let Some(reason) = self.context.log.lacks_room() {
+    /// Notes how full the disks of a majority of the voters are, as far as is known here.
+    pub fn set_voters_disk_level(&self, level: DiskLevel) {
+        *self.voters_disk_level.lock() = level;
+    }
+
+    /// A user frees space by deleting, so what does nothing else (`frees`) is taken for longer.
+    fn ensure_room(&self, frees: bool) -> Result<(), ProposeError> {
+        let log = &self.context.log;
+        if !log.disk_level().takes_write(frees) {
+            let reason = log.lacks_room().unwrap_or_default();
             return Err(ProposeError::NoRoom { reason });
         }
+        let of_voters = *self.voters_disk_level.lock();
+        if !of_voters.takes_write(frees) {
+            // An entry would wait for them, and who wrote it would not learn what became of it.
+            let reason = "the disks of most of its shard's replicas are nearly full".to_owned();
+            return Err(ProposeError::NoRoom { reason });
+        }
+        Ok(())
+    }
+
+    fn ensure_writable(&self, frees: bool) -> Result<(), ProposeError> {
+        self.ensure_room(frees)?;
         if !self.is_read_only.load(Ordering::Relaxed) && !self.apply_state.is_read_only() {
             return Ok(());
         }

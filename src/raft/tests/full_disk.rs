@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use super::cluster::{TestCluster, assert_put, put, read, soon, until};
 use crate::raft::{ProposeError, RaftTimings};
+use crate::sm::disk_level::DiskLevel;
+use crate::sm::kv::{Action, Condition, Operation, Write};
 use crate::storage::disk::{Disk, Open};
 use crate::types::{NodeId, ReplicaId};
 
@@ -145,5 +147,79 @@ async fn a_follower_whose_disk_is_full_takes_no_entries_until_there_is_room() {
     })
     .await;
     drop((group, follower));
+    cluster.stop_all().await;
+}
+
+fn delete(key: &'static str) -> Write {
+    Write {
+        operations: vec![Operation {
+            key: key.into(),
+            condition: Condition::None,
+            action: Action::Delete,
+        }],
+        idempotency_key: None,
+    }
+}
+
+#[tokio::test]
+async fn what_is_deleted_is_deleted_below_the_reserve_until_half_of_it_is_gone() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    cluster.put(1, "l", "1").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+
+    leave(&cluster, leader, LOW);
+    group
+        .propose(delete("k"), soon())
+        .await
+        .expect("it frees space");
+    assert_eq!(read(&group, "k"), None);
+    let mut mixed = delete("l");
+    mixed.operations.extend(put("m", "1").operations);
+    let refused = group.propose(mixed, soon()).await;
+    assert!(
+        matches!(refused, Err(ProposeError::NoRoom { .. })),
+        "{refused:?}"
+    );
+
+    leave(&cluster, leader, SPENT);
+    let refused = group.propose(delete("l"), soon()).await;
+    assert!(
+        matches!(refused, Err(ProposeError::NoRoom { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(read(&group, "l").as_deref(), Some("1"));
+    drop(group);
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_leader_takes_no_writes_that_most_of_its_voters_have_no_room_for() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    let is_refused = async |write: Write| match group.propose(write, soon()).await {
+        Ok(_) => false,
+        Err(ProposeError::NoRoom { .. }) => true,
+        Err(error) => panic!("{error}"),
+    };
+    for (level, refused) in [
+        (DiskLevel::Ample, [false, false]),
+        (DiskLevel::Low, [true, false]),
+        (DiskLevel::Spent, [true, true]),
+        (DiskLevel::Ample, [false, false]),
+    ] {
+        group.set_voters_disk_level(level);
+        let seen = [
+            is_refused(put("k", "2")).await,
+            is_refused(delete("x")).await,
+        ];
+        assert_eq!(seen, refused, "{level:?}");
+    }
+    drop(group);
     cluster.stop_all().await;
 }

@@ -51,6 +51,14 @@ pub struct Write {
     pub idempotency_key: Option<Bytes>,
 }
 
+impl Write {
+    /// Returns whether it does nothing but delete, which gives space back in the end.
+    pub fn frees(&self) -> bool {
+        let deletes = |operation: &Operation| matches!(operation.action, Action::Delete);
+        !self.operations.is_empty() && self.operations.iter().all(deletes)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operation {
     pub key: Bytes,
