@@ -6,9 +6,13 @@
 //! `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`, `POST /peer/invite`,
 //! `POST /peer/greet`, `POST /peer/failures`.
 
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::{ETAG, IF_NONE_MATCH};
+use http::{HeaderValue, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -31,6 +35,8 @@ const IDENTITIES_AT_ONCE: usize = 32;
 /// A node that does not even take a connection in this time is given up: others wait for their
 /// turn.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Nodes whose last word is kept, with the view in it: a node that waits asks a few members.
+const KNOWN_MAX: usize = 32;
 
 /// What a node says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -291,6 +297,14 @@ pub struct SetUpError(#[from] reqwest::Error);
 pub struct PeerCaller {
     http: reqwest::Client,
     identities: Arc<Semaphore>,
+    known: Arc<Mutex<BTreeMap<Address, KnownIdentity>>>,
+}
+
+/// What a node has said of itself last.
+#[derive(Debug, Clone)]
+struct KnownIdentity {
+    etag: HeaderValue,
+    identity: Arc<Identity>,
 }
 
 impl PeerCaller {
@@ -307,6 +321,7 @@ impl PeerCaller {
         Ok(Self {
             http,
             identities: Arc::new(Semaphore::new(IDENTITIES_AT_ONCE)),
+            known: Arc::default(),
         })
     }
 
@@ -317,12 +332,13 @@ impl PeerCaller {
         Self {
             http: self.http.clone(),
             identities: Arc::new(Semaphore::new(identities_at_once)),
+            known: Arc::clone(&self.known),
         }
     }
 
     /// Asks who is at an address, as one of a few at a time. `timeout` includes the wait for a
     /// turn, so that many can be asked together; who gets none while there is time left for an
-    /// answer is not asked.
+    /// answer is not asked. What it has said before is not sent again.
     pub async fn identity(
         &self,
         address: &Address,
@@ -336,12 +352,42 @@ impl PeerCaller {
             });
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        let get = self
+        let mut get = self
             .http
             .get(format!("http://{address}/peer/identity"))
             .timeout(left);
-        let text: Box<RawValue> = self.answer(address, get, VIEW_BYTES_MAX).await?;
-        read_identity(address, text.get())
+        let known = self.known.lock().get(address).cloned();
+        if let Some(known) = &known {
+            get = get.header(IF_NONE_MATCH, &known.etag);
+        }
+
+        let no_answer = |source| PeerError::NoAnswer {
+            address: address.clone(),
+            source,
+        };
+        let response = get.send().await.map_err(no_answer)?;
+        if let Some(known) = known.filter(|_| response.status() == StatusCode::NOT_MODIFIED) {
+            return Ok((*known.identity).clone());
+        }
+        let etag = response.headers().get(ETAG).cloned();
+        let text: Box<RawValue> = read_answer(address, response, VIEW_BYTES_MAX).await?;
+        let identity = read_identity(address, text.get())?;
+        self.note_identity(address, etag, &identity);
+        Ok(identity)
+    }
+
+    fn note_identity(&self, address: &Address, etag: Option<HeaderValue>, identity: &Identity) {
+        let mut known = self.known.lock();
+        // The first programs give no tag.
+        let Some(etag) = etag else {
+            known.remove(address);
+            return;
+        };
+        if known.len() >= KNOWN_MAX && !known.contains_key(address) {
+            known.clear();
+        }
+        let identity = Arc::new(identity.clone());
+        known.insert(address.clone(), KnownIdentity { etag, identity });
     }
 
     pub async fn promise(
@@ -526,18 +572,26 @@ impl PeerCaller {
             source,
         };
         let response = request.send().await.map_err(no_answer)?;
-        if !response.status().is_success() {
-            return Err(PeerError::Status {
-                address: address.clone(),
-                status: response.status().as_u16(),
-            });
-        }
-        let read = reply::read_json(response, bytes_max).await;
-        read.map_err(|source| PeerError::Unreadable {
-            address: address.clone(),
-            source,
-        })
+        read_answer(address, response, bytes_max).await
     }
+}
+
+async fn read_answer<T: DeserializeOwned>(
+    address: &Address,
+    response: reqwest::Response,
+    bytes_max: usize,
+) -> Result<T, PeerError> {
+    if !response.status().is_success() {
+        return Err(PeerError::Status {
+            address: address.clone(),
+            status: response.status().as_u16(),
+        });
+    }
+    let read = reply::read_json(response, bytes_max).await;
+    read.map_err(|source| PeerError::Unreadable {
+        address: address.clone(),
+        source,
+    })
 }
 
 #[cfg(test)]

@@ -820,3 +820,26 @@ async fn an_answer_without_room_is_refused_in_the_words_of_its_dialect() {
     );
     site.stop().await;
 }
+
+#[tokio::test]
+async fn who_knows_a_node_already_is_not_sent_its_view_again() {
+    let site = Site::start().await;
+    let first = site.get("/peer/identity").await;
+    let etag = first.header("etag").to_owned();
+    assert!(first.status == 200 && first.text().len() > 50, "{first:?}");
+    let again = format!("GET /peer/identity\nif-none-match: {etag}");
+    let again = site.ask(&again, "").await;
+    assert_eq!((again.status, again.text().len()), (304, 0), "{again:?}");
+    let other = "GET /peer/identity\nif-none-match: \"0\"";
+    let other = site.ask(other, "").await;
+    assert_eq!((other.status, other.text()), (200, first.text()));
+
+    let caller = PeerCaller::new().expect("a client");
+    let address: Address = site.address.to_string().parse().expect("an address");
+    let asked = async || {
+        let asked = caller.identity(&address, Duration::from_secs(20));
+        asked.await.expect("an answer")
+    };
+    assert_eq!(asked().await, asked().await);
+    site.stop().await;
+}

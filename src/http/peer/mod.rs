@@ -19,9 +19,10 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use futures::future::{BoxFuture, ready};
 use futures::stream::{BoxStream, StreamExt, TryStreamExt};
-use http::{HeaderValue, Method, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::body::{self, BodyBytes, BodyLimit};
 use super::metrics::Dialect;
@@ -40,6 +41,7 @@ use crate::sm::codec;
 use crate::types::Address;
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// Before the name of a lane.
 pub(super) const LANE_PREFIX: &str = "/peer/lane/";
@@ -160,7 +162,9 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<SharedApp> {
         )
         .route(
             "/peer/identity",
-            get(move || async move { in_json(&to_identity.identity()) }),
+            get(move |headers: HeaderMap| async move {
+                identity(&to_identity.identity(), &headers)
+            }),
         )
         .route(
             "/peer/promise",
@@ -275,6 +279,18 @@ fn read_shard_request(
     })
 }
 
+/// Says who this node is. Whoever knows already is told that it is as it was (304): the whole view
+/// is in it, and spares ask again and again.
+fn identity(identity: &Identity, headers: &HeaderMap) -> Response {
+    let text = in_text(identity);
+    let etag = format!("\"{:016x}\"", xxh3_64(&text));
+    let etag = HeaderValue::from_str(&etag).expect("hexadecimal digits between quotes");
+    if headers.get(header::IF_NONE_MATCH) == Some(&etag) {
+        return (StatusCode::NOT_MODIFIED, [(header::ETAG, etag)]).into_response();
+    }
+    ([(header::CONTENT_TYPE, JSON), (header::ETAG, etag)], text).into_response()
+}
+
 async fn promise(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request).await {
         Ok(asked) => in_json(&peers.promise(asked).await),
@@ -358,8 +374,9 @@ async fn read(app: &App, request: Request, limit: BodyLimit) -> Result<BodyBytes
 }
 
 fn in_json(answer: &impl Serialize) -> Response {
-    let json = HeaderValue::from_static("application/json");
-    let text =
-        serde_json::to_vec(answer).expect("peer messages have keys that are text or numbers");
-    ([(header::CONTENT_TYPE, json)], text).into_response()
+    ([(header::CONTENT_TYPE, JSON)], in_text(answer)).into_response()
+}
+
+fn in_text(answer: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(answer).expect("peer messages have keys that are text or numbers")
 }
