@@ -1,7 +1,7 @@
 //! [`DiskWatch`]: looks at how much of the disk is left. Where it is little, this node takes no
 //! writes of clients (`Replica::propose`), tells the others, and its leads go to nodes that have
-//! more; when there is room again it takes writes by itself, and what waited for room goes on. Where
-//! a majority of a shard's voters have told so, its leader takes no writes either.
+//! more; when there is room again it takes writes by itself, and what waited for room goes on.
+//! Where a majority of a shard's voters have told so, its leader takes no writes either.
 //!
 //! Another node is asked before it is given a lead, and leads come home only to one with room
 //! (`balancer`): so where all disks are full, leads stay where they are.
@@ -155,7 +155,8 @@ impl DiskWatch {
                 tracing::error!(
                     free_mib,
                     reserve_mib,
-                    "the disk is nearly full: writes are refused here but for deletions, reads go on"
+                    "the disk is nearly full: writes are refused here but for deletions, reads go \
+                    on"
                 );
             }
             DiskLevel::Spent => {

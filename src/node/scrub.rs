@@ -1,7 +1,7 @@
 //! [`Scrubber`]: reads again what the node keeps on its disk, now and then: sealed segments of the
-//! log, files of witnesses, snapshot files, and the trees of maps. What has rotted is told, counted,
-//! and mended while it can still be had from elsewhere. How fast and how often is decided in
-//! `sm::scrub`.
+//! log, files of witnesses, snapshot files, and the trees of maps. What has rotted is told,
+//! counted, and mended while it can still be had from elsewhere. How fast and how often is decided
+//! in `sm::scrub`.
 //!
 //! A tree that is damaged has its replica stopped, as one that any other reader finds damaged: the
 //! reconciler opens it again, and that rebuilds the tree. Snapshots are read before trees, so that
