@@ -19,9 +19,6 @@ const ASK_TIMEOUT: Duration = Duration::from_millis(300);
 /// How long an answer counts, and silence too.
 const FRESH_FOR: Duration = Duration::from_secs(1);
 
-/// How long it counts that a node answered at all: it may have ended since.
-const ALIVE_FOR: Duration = Duration::from_millis(300);
-
 /// Tells whom to ask, and remembers for a moment which homes answered.
 #[derive(Debug)]
 pub struct Contacts {
@@ -29,16 +26,12 @@ pub struct Contacts {
     ask_timeout: Duration,
     /// Which nodes are members.
     members: Answers,
-    /// Who answered at all.
-    alive: Answers,
 }
 
 /// What nodes answered to one question, for a moment. Those who ask about one node meanwhile share
 /// the answer; a node that says nothing holds up nobody who asks about another.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Answers {
-    /// How long a yes counts; a no counts for [`FRESH_FOR`].
-    yes_for: Duration,
     nodes: Mutex<HashMap<Address, Arc<Cell>>>,
 }
 
@@ -52,18 +45,11 @@ struct Heard {
 }
 
 impl Answers {
-    fn new(yes_for: Duration) -> Self {
-        Self {
-            yes_for,
-            nodes: Mutex::default(),
-        }
-    }
-
     /// Returns what a node answered a moment ago, or asks it.
     async fn recall(&self, address: &Address, ask: impl Future<Output = bool>) -> bool {
         let cell = self.cell(address);
         let mut heard = cell.lock().await;
-        if let Some(known) = heard.filter(|heard| self.is_fresh(heard)) {
+        if let Some(known) = heard.filter(|heard| Self::is_fresh(heard)) {
             return known.yes;
         }
 
@@ -80,14 +66,14 @@ impl Answers {
         // One that is locked is in use.
         nodes.retain(|_, cell| {
             cell.try_lock().map_or(true, |heard| {
-                heard.is_some_and(|heard| self.is_fresh(&heard))
+                heard.is_some_and(|heard| Self::is_fresh(&heard))
             })
         });
         nodes.entry(address.clone()).or_default().clone()
     }
 
-    fn is_fresh(&self, heard: &Heard) -> bool {
-        heard.at.elapsed() < if heard.yes { self.yes_for } else { FRESH_FOR }
+    fn is_fresh(heard: &Heard) -> bool {
+        heard.at.elapsed() < FRESH_FOR
     }
 }
 
@@ -96,22 +82,8 @@ impl Contacts {
         Self {
             caller,
             ask_timeout: ASK_TIMEOUT,
-            members: Answers::new(FRESH_FOR),
-            alive: Answers::new(ALIVE_FOR),
+            members: Answers::default(),
         }
-    }
-
-    /// Whether a node answers, now or a moment ago: before a client is sent to it by one that has
-    /// nothing else to do with it.
-    pub async fn answers(&self, address: &Address) -> bool {
-        let get = self
-            .caller
-            .http()
-            .get(format!("http://{address}/healthz"))
-            .timeout(self.ask_timeout);
-        self.alive
-            .recall(address, async { get.send().await.is_ok() })
-            .await
     }
 
     /// What the node to ask about `shard` is called in the view. None: there is no such shard.
@@ -251,22 +223,6 @@ mod tests {
                 "nobody else is known"
             );
         }
-    }
-
-    #[tokio::test]
-    async fn who_answers_is_remembered_for_a_moment() {
-        let (address, listener) = bind().await;
-        let asked = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&asked);
-        serve(listener, move |request| {
-            assert_eq!(request.uri().path(), "/healthz");
-            count.fetch_add(1, Ordering::Relaxed);
-            async move { Some(json(&"ok")) }
-        });
-        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
-        assert!(contacts.answers(&address).await && contacts.answers(&address).await);
-        assert_eq!(asked.load(Ordering::Relaxed), 1);
-        assert!(!contacts.answers(&nobody().await).await);
     }
 
     #[tokio::test]

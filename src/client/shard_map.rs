@@ -5,7 +5,7 @@
 //! replaced as a whole. Newer is what has the higher version; leaders are hints, which come and go
 //! within one version.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::protocol::ClusterStatus;
 use crate::sm::cluster::view::{Layout, SlotTable, View};
@@ -22,6 +22,8 @@ pub struct ShardMap {
     owners: Vec<GroupId>,
     shards: BTreeMap<GroupId, ShardPlace>,
     nodes: BTreeMap<NodeId, NodePlace>,
+    /// Slots on their way to another shard; of the map of a node only.
+    moving: BTreeSet<Slot>,
 }
 
 /// Where a shard is.
@@ -73,6 +75,11 @@ impl ShardMap {
                 .iter()
                 .map(|(id, node)| (*id, place(node)))
                 .collect(),
+            moving: view
+                .moves
+                .values()
+                .flat_map(|held| held.slots.iter().copied())
+                .collect(),
         }
     }
 
@@ -113,6 +120,7 @@ impl ShardMap {
             owners: owners(&status.slots),
             shards: shards.collect(),
             nodes: nodes.collect(),
+            moving: BTreeSet::new(),
         }
     }
 
@@ -123,6 +131,17 @@ impl ShardMap {
 
     pub fn owner_of(&self, key: &[u8]) -> GroupId {
         self.owner(slot_of(key))
+    }
+
+    #[cfg(test)]
+    pub fn with_moving(self, moving: BTreeSet<Slot>) -> Self {
+        Self { moving, ..self }
+    }
+
+    /// Returns whether the slot of a key is on its way to another shard. Nodes may differ about
+    /// where it is then, and would send a client to one another.
+    pub fn is_moving(&self, key: &[u8]) -> bool {
+        !self.moving.is_empty() && self.moving.contains(&slot_of(key))
     }
 
     /// The shards that own slots, in order.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::locator::Locator;
 use super::member::{Member, PeerPlace};
 use super::migrator;
 use super::operator::Operator;
@@ -63,16 +64,19 @@ const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 pub struct Access {
     member: Arc<Member>,
     contacts: Contacts,
+    locator: Locator,
     operator: Operator,
 }
 
 impl Access {
     pub fn new(member: Arc<Member>) -> Self {
         let contacts = Contacts::new(member.caller.clone());
+        let locator = Locator::new(member.clone());
         let operator = Operator::new(member.clone());
         Self {
             member,
             contacts,
+            locator,
             operator,
         }
     }
@@ -297,24 +301,56 @@ impl Access {
         }
     }
 
-    /// Sends the request to the node that leads the shard, as far as it is known, or has it passed
-    /// on.
-    async fn forward(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
-        let Some(peer) = self.member.peer_for(shard) else {
-            return ShardReply::Failed(Failure::Unavailable {
-                reason: format!("no other node is known to have a replica of shard {shard:#}"),
-                retry_after_ms: RETRY_AFTER_MS,
+    /// Returns the node to pass a request on to. Any with a replica for a stale read; else the one
+    /// that leads, as soon as it is known, or one that passes the request on where the leader can't
+    /// be connected to.
+    ///
+    /// # Errors
+    ///
+    /// When there is none by the deadline, or this node leads by now.
+    async fn peer_to_ask(
+        &self,
+        shard: GroupId,
+        consistency: Consistency,
+        deadline: Instant,
+    ) -> Result<PeerPlace, Failure> {
+        if consistency == Consistency::Stale {
+            return self.member.peer_for(shard).ok_or_else(|| {
+                unavailable(format!(
+                    "no other node is known to have a replica of shard {shard:#}"
+                ))
             });
+        }
+        let found = self.locator.find(shard, deadline).await;
+        let is_open =
+            |leader: &NodeId| !self.member.registry.reachability().is_unreachable(*leader);
+        let direct = found
+            .filter(is_open)
+            .filter(|leader| *leader != self.member.node)
+            .and_then(|leader| self.member.place_of(leader, Hop::Answer));
+        let around = || {
+            let is_here = found == Some(self.member.node);
+            let peer = self.member.peer_for(shard).filter(|_| !is_here);
+            peer.filter(|peer| peer.hop == Hop::Relay)
+        };
+        direct.or_else(around).ok_or_else(|| self.no_leader(shard))
+    }
+
+    /// Sends the request to the node that leads the shard, or has it passed on.
+    async fn forward(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        let deadline = Instant::now() + options.timeout;
+        let peer = match self.peer_to_ask(shard, options.consistency, deadline).await {
+            Ok(peer) => peer,
+            Err(failure) => return ShardReply::Failed(failure),
         };
         let writes = !body.is_read();
+        let left = deadline.saturating_duration_since(Instant::now());
         // A node that says nothing must not use up the time of a read that another may answer. Of a
         // write nobody knows what it did.
         let timeout = if writes {
-            options.timeout
+            left
         } else {
-            options
-                .timeout
-                .min((options.timeout / 2).max(READ_ATTEMPT_MIN))
+            left.min((left / 2).max(READ_ATTEMPT_MIN))
         };
         let request = ShardRequest {
             cluster: self.member.cluster,
@@ -323,18 +359,15 @@ impl Access {
             body,
         };
         match self.call(&peer, &request, timeout).await {
-            Ok(reply) if peer.hop == Hop::Relay => {
-                // Whoever led has answered, and no more is known of who it is.
-                if let ShardReply::Failed(Failure::Unavailable { .. } | Failure::Elsewhere { .. }) =
-                    reply
-                {
-                    self.member.forget_leader(shard, peer.node);
-                }
-                reply
-            }
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
-                self.member.learn_leader(shard, &address);
-                ShardReply::Failed(Failure::Elsewhere { shard, address })
+                match peer.hop {
+                    Hop::Answer => self.member.learn_leader(shard, &address),
+                    Hop::Relay => self.member.forget_leader(shard, peer.node),
+                }
+                // No client is sent to whom another node names.
+                ShardReply::Failed(unavailable(format!(
+                    "shard {shard:#} is changing its leader, perhaps to {address}"
+                )))
             }
             // It leads nobody, or has stopped: the others are asked before it.
             Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => {
@@ -342,11 +375,12 @@ impl Access {
                 ShardReply::Failed(failure)
             }
             Ok(reply) => {
-                // Any replica answers a stale read.
+                // Any replica answers a stale read, and who answers through a relay is not known.
                 if options.consistency == Consistency::Linearizable
+                    && peer.hop == Hop::Answer
                     && !matches!(reply, ShardReply::Failed(_))
                 {
-                    self.member.note_leader(shard, Some(peer.node));
+                    self.member.note_leader(shard, peer.node);
                 }
                 reply
             }
@@ -360,19 +394,24 @@ impl Access {
     /// Passes on what a node asks that can't connect to the leader. Only once: nodes of which none
     /// can would send it in a circle.
     async fn relay(&self, mut request: ShardRequest) -> ShardReply {
-        let ShardRequest {
-            shard, timeout_ms, ..
-        } = request;
-        let Some(peer) = self
-            .member
-            .peer_for(shard)
-            .filter(|peer| peer.hop == Hop::Answer)
-        else {
-            return ShardReply::Failed(unavailable(format!(
-                "nor can the leader of shard {shard} be reached here"
-            )));
+        let shard = request.shard;
+        let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
+        let peer = self
+            .peer_to_ask(shard, Consistency::Linearizable, deadline)
+            .await;
+        let peer = match peer {
+            Ok(peer) if peer.hop == Hop::Answer => peer,
+            Ok(_) => {
+                return ShardReply::Failed(unavailable(format!(
+                    "nor can the leader of shard {shard} be reached here"
+                )));
+            }
+            Err(failure) => return ShardReply::Failed(failure),
         };
-        let (timeout, writes) = (Duration::from_millis(timeout_ms), !request.body.is_read());
+        let (timeout, writes) = (
+            deadline.saturating_duration_since(Instant::now()),
+            !request.body.is_read(),
+        );
         // The leader's own "not in time" is to arrive before it is given up here.
         request.timeout_ms = time_to_answer_ms(timeout);
         // Perhaps nobody can, and then it should be told so soon.
@@ -387,7 +426,8 @@ impl Access {
     }
 
     /// One attempt at a node. A node that is slow to answer, or not there, is looked for; what may
-    /// be done twice is not waited for once it is known that nobody can connect to it.
+    /// be done twice is not waited for once it is known that nobody can connect to it, or that
+    /// another leads.
     async fn call(
         &self,
         peer: &PeerPlace,
@@ -405,13 +445,21 @@ impl Access {
             Ok(answered) => answered,
             Err(_) => {
                 reachability.suspect(peer.node);
-                let unreachable = reachability.until_unreachable(peer.node);
+                let given_up = |reason: &str| {
+                    Err(CallError::NoAnswer {
+                        address: peer.address.clone(),
+                        reason: reason.to_owned(),
+                    })
+                };
+                let is_repeatable = request.body.is_repeatable();
                 tokio::select! {
                     biased;
                     answered = &mut call => answered,
-                    () = unreachable, if request.body.is_repeatable() => {
-                        let reason = "no connection can be made to it any more".to_owned();
-                        Err(CallError::NoAnswer { address: peer.address.clone(), reason })
+                    () = reachability.until_unreachable(peer.node), if is_repeatable => {
+                        given_up("no connection can be made to it any more")
+                    }
+                    () = self.led_by_another(request.shard, peer.node), if is_repeatable => {
+                        given_up("another node leads by now")
                     }
                 }
             }
@@ -422,9 +470,23 @@ impl Access {
         answered
     }
 
+    /// Resolves when another node than this leads the shard, as far as the replica here knows.
+    async fn led_by_another(&self, shard: GroupId, node: NodeId) {
+        loop {
+            self.locator.lead_changed(shard).await;
+            if self
+                .locator
+                .known(shard)
+                .is_some_and(|leader| leader != node)
+            {
+                return;
+            }
+        }
+    }
+
     fn propose_failure(&self, shard: GroupId, error: ProposeError) -> Failure {
         match error {
-            ProposeError::NotLeader { leader } => self.not_leader(shard, leader),
+            ProposeError::NotLeader { .. } => self.not_leader(shard),
             ProposeError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
             ProposeError::Expired => unavailable(format!(
                 "shard {shard:#} had no time left to begin it{}",
@@ -455,7 +517,7 @@ impl Access {
 
     fn read_failure(&self, shard: GroupId, error: ReadError) -> Failure {
         match error {
-            ReadError::NotLeader { leader } => self.not_leader(shard, leader),
+            ReadError::NotLeader { .. } => self.not_leader(shard),
             ReadError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
             ReadError::Expired => unavailable(format!(
                 "no quorum of shard {shard:#} is in reach{}",
@@ -467,23 +529,31 @@ impl Access {
         }
     }
 
-    /// A leader that has just ended is none, though the replica here still follows it: nobody is
-    /// sent to a closed port, the router waits for the next leader instead.
-    ///
-    /// Nor is anybody sent back here: a replica that has stopped may still take itself for the
-    /// leader.
-    fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
+    /// Returns where a shard is led that the replica here does not lead, as far as is known at
+    /// once. The router waits for the next leader where nobody is: one that has just ended, has
+    /// fallen silent or is handing over is not named, nor whom it hands over to.
+    fn not_leader(&self, shard: GroupId) -> Failure {
+        self.locator
+            .known(shard)
+            .and_then(|leader| self.elsewhere_at(shard, leader))
+            .unwrap_or_else(|| self.no_leader(shard))
+    }
+
+    /// Sends a request to a node, unless that is this one, which begins to lead.
+    fn elsewhere_at(&self, shard: GroupId, leader: NodeId) -> Option<Failure> {
         let map = self.member.map();
-        let leader = leader.filter(|leader| {
-            *leader != self.member.node && !self.member.registry.is_disconnected(*leader)
-        });
-        match leader.and_then(|leader| map.name_of(leader)).cloned() {
-            Some(address) => Failure::Elsewhere { shard, address },
-            None => unavailable(format!(
-                "shard {shard:#} has no leader now{}",
-                self.member.missing_of(shard)
-            )),
-        }
+        let address = map.name_of(leader).filter(|_| leader != self.member.node)?;
+        Some(Failure::Elsewhere {
+            shard,
+            address: address.clone(),
+        })
+    }
+
+    fn no_leader(&self, shard: GroupId) -> Failure {
+        unavailable(format!(
+            "shard {shard:#} has no leader now{}",
+            self.member.missing_of(shard)
+        ))
     }
 
     /// For a shard without a replica here: who leads it, or at least has a replica.
@@ -497,47 +567,32 @@ impl Access {
         }
     }
 
-    /// Where a client that follows is sent with a request for a shard that this node does not lead.
-    /// None: several nodes share what clients call that one, and they might come to any of them.
-    async fn redirect(&self, shard: GroupId) -> Option<Failure> {
-        let failure = match self.member.staying_replica(shard) {
-            Some(group) if group.watch().borrow().failure.is_none() => {
-                self.not_leader(shard, group.status().leader)
+    /// Returns where a client that follows is sent with a request for a shard that this node does
+    /// not lead, as soon as that is known. None: the request is to be passed on, because the leader
+    /// is reached only by another node, or several nodes share what clients call it, and they might
+    /// come to any of them.
+    async fn redirect(&self, shard: GroupId, options: Options) -> Option<Failure> {
+        // What is at hand is not kept waiting for a leader.
+        let found = match options.consistency {
+            Consistency::Stale => Some(self.locator.known(shard)?),
+            Consistency::Linearizable => {
+                let deadline = Instant::now() + options.timeout;
+                self.locator.find(shard, deadline).await
             }
-            // One that has stopped does not hear who leads.
-            Some(_) | None => self.elsewhere_in_reach(shard).await,
         };
-        let is_shared = matches!(
-            &failure,
-            Failure::Elsewhere { address, .. } if !self.member.map().is_public(address)
-        );
+        let Some(leader) = found else {
+            let peer = self.member.peer_for(shard);
+            let is_around = peer.is_some_and(|peer| peer.hop == Hop::Relay);
+            return (!is_around).then(|| self.no_leader(shard));
+        };
+        let failure = self.elsewhere_at(shard, leader);
+        let failure = failure.unwrap_or_else(|| self.no_leader(shard));
+        let map = self.member.map();
+        let is_shared = match &failure {
+            Failure::Elsewhere { address, .. } => !map.is_public(address),
+            _ => false,
+        };
         (!is_shared).then_some(failure)
-    }
-
-    /// As [`Access::elsewhere`], for clients that follow: to a node that answers. This one has no
-    /// replica of the shard, so nothing else tells it that the home is gone; any other replica
-    /// knows who leads.
-    async fn elsewhere_in_reach(&self, shard: GroupId) -> Failure {
-        let replicas = self
-            .member
-            .map()
-            .shard(shard)
-            .map_or(0, |place| place.replicas.len());
-        for _ in 0..=replicas {
-            let Some(peer) = self.member.peer_for(shard) else {
-                return self.elsewhere(shard);
-            };
-            if self.contacts.answers(&peer.address).await {
-                return Failure::Elsewhere {
-                    shard,
-                    address: peer.name,
-                };
-            }
-            self.member.forget_leader(shard, peer.node);
-        }
-        unavailable(format!(
-            "no node with a replica of shard {shard:#} is in reach"
-        ))
     }
 }
 
@@ -555,6 +610,7 @@ impl ShardAccess for Access {
     }
 
     async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        let deadline = Instant::now() + options.timeout;
         let stale = options.consistency == Consistency::Stale;
         let local = self
             .member
@@ -562,19 +618,24 @@ impl ShardAccess for Access {
             .get(shard)
             .filter(|group| stale || group.leads());
         match (local, options.routing) {
-            (Some(group), _) => {
-                let deadline = Instant::now() + options.timeout;
-                self.execute(&group, body, deadline).await
-            }
+            (Some(group), _) => self.execute(&group, body, deadline).await,
             (None, Routing::Proxy) => self.forward(shard, body, options).await,
-            (None, Routing::Redirect) => match self.redirect(shard).await {
+            (None, Routing::Redirect) => match self.redirect(shard, options).await {
                 Some(failure) => ShardReply::Failed(failure),
-                None => self.forward(shard, body, options).await,
+                None => {
+                    let timeout = deadline.saturating_duration_since(Instant::now());
+                    let options = Options { timeout, ..options };
+                    self.forward(shard, body, options).await
+                }
             },
         }
     }
 
-    async fn locate(&self, shard: GroupId) -> Result<(), Failure> {
+    async fn lead_changed(&self, shard: GroupId) {
+        self.locator.lead_changed(shard).await;
+    }
+
+    async fn locate(&self, shard: GroupId, options: Options) -> Result<(), Failure> {
         match self
             .member
             .registry
@@ -582,7 +643,7 @@ impl ShardAccess for Access {
             .is_some_and(|group| group.leads())
         {
             true => Ok(()),
-            false => self.redirect(shard).await.map_or(Ok(()), Err),
+            false => self.redirect(shard, options).await.map_or(Ok(()), Err),
         }
     }
 
@@ -611,6 +672,7 @@ impl ShardAccess for Access {
         to: Option<Address>,
         options: Options,
     ) -> Result<Address, Failure> {
+        let deadline = Instant::now() + options.timeout;
         let view = self.member.view();
         let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid {
             reason: format!("there is no shard {shard:#}"),
@@ -631,16 +693,15 @@ impl ShardAccess for Access {
                 to.as_ref().map_or("its home", Address::as_str)
             ),
         })?;
-        let Some(local) = self.member.registry.get(shard) else {
-            return Err(self.elsewhere(shard));
+        let local = self.member.registry.get(shard);
+        let Some(local) = local.filter(|group| group.leads()) else {
+            let found = self.locator.find(shard, deadline).await;
+            let elsewhere = found.and_then(|leader| self.elsewhere_at(shard, leader));
+            return Err(elsewhere.unwrap_or_else(|| self.no_leader(shard)));
         };
-        let status = local.status();
-        if status.leader != Some(self.member.node) {
-            return Err(self.not_leader(shard, status.leader));
-        }
         if node != self.member.node {
             let transferred =
-                tokio::time::timeout(options.timeout, local.transfer_leader(replica)).await;
+                tokio::time::timeout_at(deadline, local.transfer_leader(replica)).await;
             let reason = match transferred {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.to_string()),

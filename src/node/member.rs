@@ -37,6 +37,7 @@ use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{NodeSpec, View, WitnessSpec as Seat};
 use crate::sm::kv;
 use crate::sm::level::Feature;
+use crate::storage::log::Vote;
 use crate::storage::map::ReadKind;
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch,
@@ -104,6 +105,9 @@ pub struct Views {
 #[derive(Debug, Default)]
 struct Hint {
     leader: Option<NodeId>,
+    /// When it showed that it leads, and the vote that this node's replica had given by then, if it
+    /// has one.
+    shown: Option<(Instant, Option<Vote>)>,
     suspects: Vec<(NodeId, Instant)>,
 }
 
@@ -392,58 +396,105 @@ impl Member {
     /// else its home, else any with a replica; one that did not answer a moment ago, has just
     /// ended, or can't be connected to, only if there is no other.
     pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
+        let candidates = self.candidates(shard);
+        let is_closed = |node: &NodeId| self.registry.reachability().is_unreachable(*node);
+        let chosen = candidates
+            .iter()
+            .find(|(_, is_suspect)| !is_suspect)
+            .or(candidates.first())
+            .map(|(node, _)| *node)?;
+        let is_around = candidates
+            .iter()
+            .take_while(|(node, _)| *node != chosen)
+            .any(|(node, _)| is_closed(node));
+        let hop = if is_around || is_closed(&chosen) {
+            Hop::Relay
+        } else {
+            Hop::Answer
+        };
+        self.place_of(chosen, hop)
+    }
+
+    /// The other nodes that may lead a shard, each once: the likeliest first, those behind the rest
+    /// that [`Member::peer_for`] would only ask if there were no other, and none that can't be
+    /// connected to.
+    pub fn peers_of(&self, shard: GroupId) -> Vec<PeerPlace> {
+        let mut candidates = self.candidates(shard);
+        candidates.sort_by_key(|(_, is_suspect)| *is_suspect);
+        let mut asked: Vec<NodeId> = Vec::with_capacity(candidates.len());
+        for (node, _) in candidates {
+            if !asked.contains(&node) && !self.registry.reachability().is_unreachable(node) {
+                asked.push(node);
+            }
+        }
+        let place = |node| self.place_of(node, Hop::Answer);
+        asked.into_iter().filter_map(place).collect()
+    }
+
+    /// The nodes that may lead a shard, but for this one, and which of them are suspect: the leader
+    /// where that is known, the home, and the others with a replica, perhaps again.
+    fn candidates(&self, shard: GroupId) -> Vec<(NodeId, bool)> {
         let map = self.map();
-        let place = map.shard(shard)?;
+        let Some(place) = map.shard(shard) else {
+            return Vec::new();
+        };
         let local_leader = self
             .staying_replica(shard)
             .and_then(|group| group.status().leader);
         let hints = self.hints.lock();
         let hint = hints.get(&shard);
         let hinted = hint.and_then(|hint| hint.leader);
-        let is_closed = |node: &NodeId| self.registry.reachability().is_unreachable(*node);
-        let suspect = |node: &NodeId| {
+        let suspect = |node: NodeId| {
             let suspects = hint
                 .map(|hint| hint.suspects.as_slice())
                 .unwrap_or_default();
             let is_silent = suspects
                 .iter()
-                .any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
+                .any(|(suspect, since)| *suspect == node && since.elapsed() < SUSPECT_FOR);
             // Who showed that it leads is asked, whatever the lanes say.
             is_silent
-                || is_closed(node)
-                || (hinted != Some(*node) && self.registry.is_disconnected(*node))
+                || self.registry.reachability().is_unreachable(node)
+                || (hinted != Some(node) && self.registry.is_disconnected(node))
         };
         let replicas = place.replicas.iter().copied();
-        let candidates: Vec<NodeId> = local_leader
+        local_leader
             .into_iter()
             .chain(hinted)
             .chain([place.home])
             .chain(replicas)
             .filter(|node| *node != self.node && map.node(*node).is_some())
-            .collect();
-        let chosen = candidates
-            .iter()
-            .find(|node| !suspect(node))
-            .or(candidates.first())
-            .copied()?;
-        let is_around = candidates
-            .iter()
-            .take_while(|node| **node != chosen)
-            .any(is_closed);
-        let hop = if is_around || is_closed(&chosen) {
-            Hop::Relay
-        } else {
-            Hop::Answer
-        };
+            .map(|node| (node, suspect(node)))
+            .collect()
+    }
+
+    /// Where a node is to be asked, if it is in the view.
+    pub fn place_of(&self, node: NodeId, hop: Hop) -> Option<PeerPlace> {
+        let map = self.map();
         // Where it was found, which the view may not say yet.
-        let address = self.views.resolve(chosen).map(|peer| peer.address);
-        let address = address.or_else(|| map.node(chosen).map(|place| place.address.clone()))?;
+        let address = self.views.resolve(node).map(|peer| peer.address);
+        let address = address.or_else(|| map.node(node).map(|place| place.address.clone()))?;
         Some(PeerPlace {
-            node: chosen,
+            node,
             address,
-            name: map.name_of(chosen)?.clone(),
+            name: map.name_of(node)?.clone(),
             hop,
         })
+    }
+
+    /// Returns the node that showed a moment ago that it leads the shard. `replica` is that of this
+    /// node: once it has given another vote, what was shown before counts no more, and while that
+    /// is for itself it may lead by now.
+    pub fn shown_leader(&self, shard: GroupId, replica: Option<&Replica>) -> Option<NodeId> {
+        let hints = self.hints.lock();
+        let hint = hints.get(&shard)?;
+        let (at, promise) = hint.shown?;
+        let now = replica.and_then(Replica::promise);
+        let is_own = replica.is_some_and(|group| {
+            now.is_some_and(|vote| vote.voted_for == Some(group.key().replica))
+        });
+        let is_fresh = at.elapsed() <= self.registry.silence_max();
+        hint.leader
+            .filter(|_| is_fresh && promise == now && !is_own)
     }
 
     /// Who leads the shard: this node, or who answered for it last, or whom its replica here
@@ -457,13 +508,25 @@ impl Member {
         hinted.or_else(|| local.and_then(|group| group.status().leader))
     }
 
-    /// Somebody said, or showed, that the node at this address leads the shard.
+    /// Another node said that the one at this address leads the shard.
     pub fn learn_leader(&self, shard: GroupId, address: &Address) {
-        self.note_leader(shard, self.map().node_named(address));
+        self.set_hint(shard, self.map().node_named(address), None);
     }
 
-    /// As [`Member::learn_leader`], of a node that is known.
-    pub fn note_leader(&self, shard: GroupId, leader: Option<NodeId>) {
+    /// A node has shown that it leads the shard.
+    pub fn note_leader(&self, shard: GroupId, leader: NodeId) {
+        let promise = self
+            .staying_replica(shard)
+            .and_then(|group| group.promise());
+        self.set_hint(shard, Some(leader), Some((Instant::now(), promise)));
+    }
+
+    fn set_hint(
+        &self,
+        shard: GroupId,
+        leader: Option<NodeId>,
+        shown: Option<(Instant, Option<Vote>)>,
+    ) {
         let map = self.map();
         let mut hints = self.hints.lock();
         if hints.len() > map.shards().count() {
@@ -471,6 +534,7 @@ impl Member {
         }
         let hint = hints.entry(shard).or_default();
         hint.leader = leader;
+        hint.shown = shown;
         hint.suspects
             .retain(|(node, since)| Some(*node) != leader && since.elapsed() < SUSPECT_FOR);
     }

@@ -27,6 +27,7 @@ mod janitor;
 mod join;
 mod leftovers;
 mod levels;
+mod locator;
 pub mod machine;
 mod member;
 mod memberships;

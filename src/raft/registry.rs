@@ -140,6 +140,11 @@ impl Registry {
         &self.reachability
     }
 
+    /// Returns how long a leader may be silent until nobody is sent to it.
+    pub fn silence_max(&self) -> Duration {
+        Duration::from_millis(self.context.timings.silence_ms_max())
+    }
+
     /// Returns the timings that all peers must share.
     pub(super) fn lease_timings(&self) -> LeaseTimings {
         LeaseTimings::from(&self.context.timings)

@@ -83,6 +83,12 @@ impl RaftTimings {
         Duration::from_millis((self.heartbeat_ms / 6).clamp(5, 100))
     }
 
+    /// Returns how long a leader may be silent until nobody is sent to it: its next heartbeat is
+    /// late by a whole one then.
+    pub fn silence_ms_max(&self) -> u64 {
+        2 * self.heartbeat_ms
+    }
+
     pub fn append_timeout(&self) -> Duration {
         Duration::from_millis(self.append_timeout_ms)
     }

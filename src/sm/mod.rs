@@ -15,6 +15,7 @@ pub mod log_space;
 #[cfg(test)]
 mod meaning;
 pub mod moves;
+pub mod naming;
 pub mod placement;
 pub mod ports;
 pub mod reach;

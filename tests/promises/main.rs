@@ -36,6 +36,7 @@ mod limits;
 mod memory;
 mod pause;
 mod power_cut;
+mod redirects;
 mod rolling_restart;
 mod scripts;
 mod space;

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::queues::Want;
 use super::{PAUSE_MAX, PAUSE_MIN};
+use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Options, Routing};
 use crate::types::{GroupId, Slot};
 
@@ -155,6 +156,16 @@ impl Course {
             routing,
             ..self.options
         }
+    }
+
+    /// As [`Course::options`], of an attempt at this key: nobody is sent elsewhere with one whose
+    /// slot is on its way.
+    pub fn options_at(&self, key: &[u8], map: Option<&ShardMap>) -> Options {
+        let mut options = self.options();
+        if map.is_some_and(|map| map.is_moving(key)) {
+            options.routing = Routing::Proxy;
+        }
+        options
     }
 
     /// Decides what the failure of an attempt at `shard` calls for.

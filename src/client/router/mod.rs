@@ -84,12 +84,17 @@ pub trait ShardAccess: Send + Sync + 'static {
         std::future::pending()
     }
 
-    /// Returns whether a client need not be sent elsewhere with a write for this shard.
+    /// Returns whether a client need not be sent elsewhere with a write for this shard, as soon as
+    /// that is known.
     ///
     /// # Errors
     ///
     /// What [`ShardAccess::call`] would fail with, if it is known before.
-    fn locate(&self, _shard: GroupId) -> impl Future<Output = Result<(), Failure>> + Send {
+    fn locate(
+        &self,
+        _shard: GroupId,
+        _options: Options,
+    ) -> impl Future<Output = Result<(), Failure>> + Send {
         async { Ok(()) }
     }
 
@@ -212,7 +217,8 @@ impl<A: ShardAccess> Router<A> {
                         key: key.clone(),
                         consistency: options.consistency,
                     };
-                    match self.call(shard, body, course.options()).await {
+                    let options = course.options_at(&key, map.as_deref());
+                    match self.call(shard, body, options).await {
                         ShardReply::Got(found) => return Ok(found),
                         ShardReply::NotOwned { slot } => Retry::not_owned(slot),
                         ShardReply::Failed(failure) => course.judge(shard, failure)?,
@@ -238,11 +244,17 @@ impl<A: ShardAccess> Router<A> {
             let retry = match map.as_deref().map(|map| map.owner_of(&key)) {
                 None => Retry::no_map(),
                 Some(GroupId::META) => Retry::unowned(),
-                Some(shard) => match self.access.locate(shard).await {
-                    // Not that there is a leader: those who wait for one go on waiting.
-                    Ok(()) => return Ok(()),
-                    Err(failure) => course.judge(shard, failure)?,
-                },
+                Some(shard) => {
+                    let options = course.options_at(&key, map.as_deref());
+                    if options.routing == Routing::Proxy {
+                        return Ok(());
+                    }
+                    match self.access.locate(shard, options).await {
+                        // Not that there is a leader: those who wait for one go on waiting.
+                        Ok(()) => return Ok(()),
+                        Err(failure) => course.judge(shard, failure)?,
+                    }
+                }
             };
             self.pause(&mut course, retry, version(map.as_deref()))
                 .await?;

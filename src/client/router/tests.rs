@@ -1282,3 +1282,24 @@ async fn who_waits_is_woken_by_a_leader_that_is_heard_of() {
         "the last of many waited for {waited:?} more"
     );
 }
+
+/// The nodes may differ about who owns it, and would send a client to one another.
+#[tokio::test(start_paused = true)]
+async fn nobody_is_sent_elsewhere_with_a_key_that_is_on_its_way() {
+    let router = filled(1, 2).await;
+    {
+        let mut state = router.access().state();
+        let map = map_of(&state, 9).with_moving([slot_of(&key(0))].into());
+        state.map = Some(Arc::new(map));
+    }
+    router.locate(key(0), redirect()).await.expect("it stays");
+    router.get(key(0), redirect()).await.expect("read");
+    router.write(vec![put(key(0), "v")], None, redirect()).await;
+    router.get(key(1), redirect()).await.expect("read");
+    let calls = &router.access().state().calls;
+    let routings: Vec<Routing> = calls.iter().map(|(_, options)| options.routing).collect();
+    assert_eq!(
+        routings,
+        [Routing::Proxy, Routing::Proxy, Routing::Redirect]
+    );
+}

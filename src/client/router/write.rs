@@ -154,7 +154,8 @@ impl<A: ShardAccess> Router<A> {
         part: Part,
         idempotency_key: Option<Bytes>,
     ) -> Progress {
-        let known = version(self.access.map().as_deref());
+        let map = self.access.map();
+        let known = version(map.as_deref());
         let verdict = if shard.is_meta() {
             Verdict::retry(Retry::unowned(), &part)
         } else {
@@ -164,9 +165,12 @@ impl<A: ShardAccess> Router<A> {
                 operations: part.operations.clone(),
                 idempotency_key,
             };
-            let reply = self
-                .call(shard, ShardBody::Write(write), part.course.options())
-                .await;
+            // Only those of a single key are sent elsewhere.
+            let options = match part.operations.first() {
+                Some(first) => part.course.options_at(&first.key, map.as_deref()),
+                None => part.course.options(),
+            };
+            let reply = self.call(shard, ShardBody::Write(write), options).await;
             read_reply(reply, shard, &part)
         };
         let (mut answered, mut left) = part.divide(verdict.answers);

@@ -14,6 +14,8 @@
 use parking_lot::{Mutex, MutexGuard};
 use std::time::Duration;
 
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::raft::runtime::Random;
@@ -28,6 +30,8 @@ pub struct ElectionTimer {
     /// Extra time that a witness waits before it campaigns.
     patience: Duration,
     state: Mutex<TimerState>,
+    /// A leader has sent something.
+    heard: Notify,
 }
 
 struct TimerState {
@@ -38,6 +42,8 @@ struct TimerState {
     attempt_from: Instant,
     /// Time of the last message of a leader.
     heard: Option<Instant>,
+    /// The term of that leader, and when its last word was read.
+    word: Option<(u64, Instant)>,
     /// The term of that leader, and since when it has been silent; time in which this node did not
     /// run does not count.
     silent_since: Option<(u64, Instant)>,
@@ -142,6 +148,7 @@ impl ElectionTimer {
             campaign_at: from + between(bounds) + patience,
             attempt_from: from,
             heard: None,
+            word: None,
             silent_since: None,
             delay: HeartbeatDelay::none(now),
         };
@@ -152,6 +159,7 @@ impl ElectionTimer {
             election: bounds,
             patience,
             state: Mutex::new(state),
+            heard: Notify::new(),
         }
     }
 
@@ -171,6 +179,24 @@ impl ElectionTimer {
         state.campaign_at = now + self.lease + self.draw(&state, now);
         state.heard = Some(now);
         state.silent_since = Some((term, now));
+        state.word = Some((term, now));
+        drop(state);
+        self.heard.notify_waiters();
+    }
+
+    /// Returns the term of the leader that was heard of last, and for how many milliseconds it has
+    /// been silent.
+    pub fn last_word(&self) -> Option<(u64, u64)> {
+        let (term, at) = self.lock().word?;
+        Some((
+            term,
+            u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX),
+        ))
+    }
+
+    /// Resolves when a leader is heard of after the call.
+    pub fn next_word(&self) -> Notified<'_> {
+        self.heard.notified()
     }
 
     /// Discounts a pause in which this node, or this part of it, did not run. Messages of the

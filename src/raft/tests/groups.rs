@@ -341,6 +341,43 @@ async fn who_hands_over_names_nobody_until_another_leads() {
 }
 
 #[tokio::test]
+async fn a_leader_that_is_not_heard_is_not_named_and_the_next_one_wakes_who_waits() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let leader = cluster.leader(1).await;
+    let others = [1 + leader.0 % 3, 1 + (leader.0 + 1) % 3].map(|id| cluster.group(id, 1));
+    let [follower, candidate] = &others;
+    until("it hears its leader", || {
+        follower.leader_to_name() == Some(leader)
+    })
+    .await;
+    assert_eq!(
+        cluster.group(leader.0, 1).leader_to_name(),
+        None,
+        "nobody is sent by a leader to itself"
+    );
+    let mut changed = std::pin::pin!(follower.lead_changed());
+    assert!(futures::poll!(changed.as_mut()).is_pending());
+
+    cluster.hub.isolate(leader);
+    until("it names the silent one no more", || {
+        follower.leader_to_name() != Some(leader)
+    })
+    .await;
+    tokio::time::timeout(Duration::from_secs(30), changed)
+        .await
+        .expect("another leads");
+    let next = candidate.key().replica;
+    until("it leads, or names the next", || {
+        follower.leads() || follower.leader_to_name() == Some(NodeId(next.0))
+    })
+    .await;
+    cluster.hub.heal();
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
 async fn members_come_and_go() {
     let cluster = TestCluster::new(4);
     // Replicas on nodes 1 to 3; the fourth joins later.

@@ -1,0 +1,202 @@
+//! Finds out who leads a shard, for requests that are sent there or passed on.
+//!
+//! A replica that hears its leader knows. Everybody else asks: nodes without a replica, those whose
+//! replica has stopped or that hear nothing. Invariant: a node is named only if it has shown within
+//! two heartbeats that it leads, to this node itself. What came through a relay shows nothing, and
+//! what others say of a third one is no more than a hint.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::select_all;
+use parking_lot::Mutex;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use super::member::{Member, PeerPlace};
+use crate::client::call::{CallError, time_to_answer_ms};
+use crate::client::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
+use crate::client::store::{Consistency, Failure};
+use crate::raft::Replica;
+use crate::types::{GroupId, NodeId};
+
+/// How long the leader is looked for in one go. Another is elected by then, and whoever still waits
+/// looks again.
+const LOOK_MAX: Duration = Duration::from_secs(2);
+
+/// How long the likeliest node has to answer before the others are asked too.
+const OTHERS_AFTER: Duration = Duration::from_millis(200);
+
+/// How soon a node is asked again that does not lead.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+
+/// Finds the leaders of shards.
+pub struct Locator {
+    member: Arc<Member>,
+    looks: Mutex<HashMap<GroupId, Arc<Look>>>,
+}
+
+/// What the last look for the leader of a shard ended with, and when; locked while one is under
+/// way.
+type Look = tokio::sync::Mutex<Option<(Instant, Option<NodeId>)>>;
+
+/// What a node says to the question whether it leads.
+enum Answer {
+    Yes,
+    No,
+    /// Another does, to which this node can't connect.
+    OutOfReach,
+}
+
+impl Locator {
+    pub fn new(member: Arc<Member>) -> Self {
+        Self {
+            member,
+            looks: Mutex::default(),
+        }
+    }
+
+    /// Returns the replica of the shard here that hears of its leaders: none on its way out, and
+    /// none that has stopped.
+    fn replica(&self, shard: GroupId) -> Option<Arc<Replica>> {
+        let group = self.member.staying_replica(shard)?;
+        let has_failed = group.watch().borrow().failure.is_some();
+        Some(group).filter(|_| !has_failed)
+    }
+
+    /// Returns the node that leads the shard, this one too, if that is known without asking.
+    pub fn known(&self, shard: GroupId) -> Option<NodeId> {
+        let Some(group) = self.replica(shard) else {
+            return self.member.shown_leader(shard, None);
+        };
+        if group.leads() {
+            return Some(self.member.node);
+        }
+        group
+            .leader_to_name()
+            .or_else(|| self.member.shown_leader(shard, Some(&group)))
+    }
+
+    /// Returns the node that leads the shard, this one too: as soon as it is known, or none when
+    /// the time is over or the leader can't be connected to.
+    pub async fn find(&self, shard: GroupId, deadline: Instant) -> Option<NodeId> {
+        if let Some(known) = self.known(shard) {
+            return Some(known);
+        }
+        let heard = async {
+            loop {
+                self.lead_changed(shard).await;
+                if let Some(known) = self.known(shard) {
+                    return known;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            known = heard => Some(known),
+            found = timeout_at(deadline, self.look(shard)) => found.ok().flatten(),
+        }
+    }
+
+    /// Resolves when the replica here hears of another leader than at the call, or of one again;
+    /// never where there is none.
+    pub async fn lead_changed(&self, shard: GroupId) {
+        match self.replica(shard) {
+            Some(group) => group.lead_changed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Asks who leads, or waits for the answer to another request that asks.
+    async fn look(&self, shard: GroupId) -> Option<NodeId> {
+        let began = Instant::now();
+        let look = {
+            let mut looks = self.looks.lock();
+            // One that is held elsewhere is in use.
+            looks.retain(|_, look| Arc::strong_count(look) > 1);
+            Arc::clone(looks.entry(shard).or_default())
+        };
+        let mut last = look.lock().await;
+        if let Some((_, found)) = last.filter(|(at, _)| *at > began) {
+            return found;
+        }
+
+        let found = self.ask_around(shard).await;
+        if let Some(leader) = found {
+            self.member.note_leader(shard, leader);
+        }
+        *last = Some((Instant::now(), found));
+        found
+    }
+
+    /// Asks the likeliest node first, the others a moment later, and each again until one leads.
+    async fn ask_around(&self, shard: GroupId) -> Option<NodeId> {
+        let refused = CancellationToken::new();
+        let ask = |(place, peer): (usize, PeerPlace)| {
+            let refused = &refused;
+            Box::pin(async move {
+                if place > 0 {
+                    let _ = timeout(OTHERS_AFTER, refused.cancelled()).await;
+                }
+                loop {
+                    match self.ask(shard, &peer).await {
+                        Answer::Yes => return Some(peer.node),
+                        Answer::OutOfReach => return None,
+                        Answer::No => {}
+                    }
+                    refused.cancel();
+                    sleep(ASK_AGAIN).await;
+                }
+            })
+        };
+        let asked: Vec<_> = self
+            .member
+            .peers_of(shard)
+            .into_iter()
+            .enumerate()
+            .map(ask)
+            .collect();
+        if asked.is_empty() {
+            return None;
+        }
+        let (found, ..) = timeout(LOOK_MAX, select_all(asked)).await.ok()?;
+        found
+    }
+
+    /// Asks a node whether it leads the shard: only a leader can read nothing of it, if that is
+    /// confirmed by a quorum.
+    async fn ask(&self, shard: GroupId, peer: &PeerPlace) -> Answer {
+        let request = ShardRequest {
+            cluster: self.member.cluster,
+            shard,
+            timeout_ms: time_to_answer_ms(LOOK_MAX),
+            body: ShardBody::GetMany {
+                keys: Vec::new(),
+                bytes_max: 0,
+                keys_only: true,
+                consistency: Consistency::Linearizable,
+            },
+        };
+        let reachability = self.member.registry.reachability();
+        let call = self
+            .member
+            .caller
+            .call_by(Hop::Answer, &peer.address, &request, LOOK_MAX);
+        match call.await {
+            Ok(ShardReply::GotMany(_)) => Answer::Yes,
+            Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
+                let leader = self.member.map().node_named(&address);
+                match leader.is_some_and(|leader| reachability.is_unreachable(leader)) {
+                    true => Answer::OutOfReach,
+                    false => Answer::No,
+                }
+            }
+            Ok(_) | Err(CallError::Refused { .. }) => Answer::No,
+            Err(CallError::NotConnected { .. } | CallError::NoAnswer { .. }) => {
+                reachability.suspect(peer.node);
+                Answer::No
+            }
+        }
+    }
+}
