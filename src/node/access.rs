@@ -30,6 +30,7 @@ use crate::client::view_change::{
 use crate::raft::Replica;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{ProposeError, ReadError};
+use crate::sm::cluster::view::SlotMove;
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
 use crate::storage::map::{MapRead, ReadKind};
@@ -233,7 +234,7 @@ impl Access {
             };
         }
 
-        if let Some(rejection) = self.gone(group, &write).await {
+        if let Some(rejection) = self.refused(group, &write).await {
             return ShardReply::Written(kv::WriteOutcome::Rejected(rejection));
         }
         let charged = match write.has_gets() {
@@ -251,31 +252,28 @@ impl Access {
         }
     }
 
-    /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing
-    /// is left, and the outcome of a write that is proposed just before would not be known.
-    async fn gone(&self, group: &Replica, write: &kv::Write) -> Option<kv::WriteRejection> {
-        if self
-            .member
-            .view()
-            .groups
-            .get(&group.key().group)
-            .is_some_and(|of| !of.ends)
-        {
+    /// Returns why a write is not proposed: the map says that its slots are elsewhere, or held back
+    /// by a move. An entry would only be answered so, and many that wait for a frozen slot would
+    /// fill the log. Of a shard that ends, the replicas stop as soon as nothing is left, and the
+    /// outcome of a write that is proposed just before would not be known.
+    ///
+    /// Only where something moves: else the slots are here, and the map need not be looked at.
+    async fn refused(&self, group: &Replica, write: &kv::Write) -> Option<kv::WriteRejection> {
+        let (view, shard) = (self.member.view(), group.key().group);
+        let moves = |held: &SlotMove| held.from == shard || held.to == shard;
+        let stays = view.groups.get(&shard).is_some_and(|of| !of.ends);
+        if stays && !view.moves.values().any(moves) {
             return None;
         }
         let write = write.clone();
-        let look = move |read: &MapRead<'_>| {
-            write
-                .operations
-                .iter()
-                .find_map(|operation| match kv::find(read, &operation.key) {
-                    Ok(FindOutcome::NotOwned { slot, moved_to }) => {
-                        Some(kv::WriteRejection::WrongOwner { slot, moved_to })
-                    }
-                    Ok(FindOutcome::Owned(_)) | Err(_) => None,
-                })
-        };
-        group.state().read_in(ReadKind::Keys, look).await
+        let look = move |read: &MapRead<'_>| kv::refused_by_place(read, &write);
+        // What can't be read is told by whoever applies the write.
+        group
+            .state()
+            .read_in(ReadKind::Keys, look)
+            .await
+            .ok()
+            .flatten()
     }
 
     /// Makes sure that what the replica has applied is as new as asked. For a stale read: how old

@@ -15,6 +15,7 @@ mod agreement;
 mod case;
 mod descriptors;
 mod failing;
+mod frozen;
 mod history;
 mod host;
 mod levels;
