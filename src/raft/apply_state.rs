@@ -205,6 +205,9 @@ impl ApplyState {
         work: EntryWork,
         applying: &ApplyProgress<'_>,
     ) -> Result<ApplyOutcome, StoreError> {
+        let next = self.store.applied().log_id.map_or(0, |id| id.index + 1);
+        assert_eq!(work.index, next, "entries are applied without a gap");
+
         let state = match &self.store {
             ReplicaStore::Map(state) => state,
             ReplicaStore::Witness(witness) => {

@@ -82,7 +82,8 @@ impl FairBudget {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        let before = self.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        assert!(before >= self.bytes, "more is given back than was taken");
     }
 }
 

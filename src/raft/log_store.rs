@@ -208,7 +208,13 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &RaftVoteOf) -> io::Result<()> {
-        ended(|done| self.log.save_vote(vote_from_raft(vote), done)).await
+        let vote = vote_from_raft(vote);
+        let saved = self.log.state().vote;
+        assert!(
+            saved.is_none_or(|saved| (saved.term, saved.committed) <= (vote.term, vote.committed)),
+            "a vote only grows: {vote:?} after {saved:?}"
+        );
+        ended(|done| self.log.save_vote(vote, done)).await
     }
 
     async fn save_committed(&mut self, committed: Option<RaftLogId>) -> io::Result<()> {
@@ -226,6 +232,14 @@ impl RaftLogStorage<Types> for LogStore {
         I::IntoIter: OptionalSend,
     {
         let entries: Vec<_> = entries.into_iter().map(entry_from_raft).collect();
+        assert!(
+            entries
+                .windows(2)
+                .all(|pair| pair[0].id.index + 1 == pair[1].id.index
+                    && pair[0].id.term <= pair[1].id.term),
+            "an append has a gap, or a term that falls"
+        );
+
         let last = entries.last().map(|last| last.id.index);
         self.log.append(
             entries,

@@ -335,7 +335,12 @@ impl Registry {
                 &group,
             )));
         }
-        self.groups.write().insert(key.group, group.clone());
+        let previous = self.groups.write().insert(key.group, group.clone());
+        assert!(
+            previous.is_none(),
+            "two replicas of {} live here",
+            key.group
+        );
         self.election_timer
             .get_or_init(|| self.start_election_timer());
         Ok(group)

@@ -88,6 +88,13 @@ impl Replica {
         let config = timings
             .config(key)
             .map_err(|error| OpenError::Timings(error.to_string()))?;
+        assert!(
+            timings
+                .lease_age_max()
+                .is_none_or(|age| age.as_millis() <= u128::from(timings.election_ms_max)),
+            "a lease outlasts the followers' promise not to vote for another"
+        );
+
         let log_store = LogStore::new(log.clone());
         let network = Network {
             key,
@@ -287,7 +294,7 @@ impl Replica {
                 self.freshness.last_heard().map(|at| at.elapsed())
             }
         };
-        RaftStatus {
+        let status = RaftStatus {
             key: self.key,
             role,
             leader: leader.and_then(|leader| leader.node),
@@ -303,7 +310,9 @@ impl Replica {
             quorum_acked: self.quorum_acked(&watch, data.last_quorum_acked.map(|at| at.elapsed())),
             leader_heard,
             matched: matched.unwrap_or_default(),
-        }
+        };
+        status.check();
+        status
     }
 
     /// Returns the reason why this replica applies nothing more, if it was not asked to stop.

@@ -58,6 +58,24 @@ pub struct RaftStatus {
 }
 
 impl RaftStatus {
+    /// Asserts what holds of a replica at any moment.
+    pub(super) fn check(&self) {
+        assert!(
+            self.committed <= self.last_log.max(self.snapshot),
+            "{} has committed {:?} past the end of its log {:?}",
+            self.key,
+            self.committed,
+            self.last_log
+        );
+        assert!(
+            self.snapshot.is_none() || self.purged <= self.snapshot,
+            "{} has purged {:?} past its snapshot {:?}",
+            self.key,
+            self.purged,
+            self.snapshot
+        );
+    }
+
     /// Returns the index through which the log may be purged at no cost to others, if that is
     /// further than it is. That is the snapshot; but a leader keeps what a member for which
     /// `is_near` holds still lacks, because only a whole snapshot would bring it up to date
@@ -79,10 +97,11 @@ impl RaftStatus {
                 .flatten()
                 .map_or(0, |id| id.index)
         };
-        let upto = kept_for
+        let index = kept_for
             .map(|(replica, _)| matched(replica))
             .fold(snapshot, u64::min);
-        (upto > self.purged.map_or(0, |id| id.index)).then_some(upto)
+        assert!(index <= snapshot, "only a snapshot replaces the log");
+        (index > self.purged.map_or(0, |id| id.index)).then_some(index)
     }
 
     /// Returns the index through which everything is committed, and durable on every member that

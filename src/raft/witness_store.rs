@@ -60,6 +60,10 @@ impl WitnessStore {
 
     /// Notes what is applied, in memory: the log makes it durable.
     pub fn apply(&self, applied: Applied) {
+        assert!(
+            self.applied().log_id <= applied.log_id,
+            "what a witness has applied goes back"
+        );
         *self.applied.lock() = applied;
     }
 

@@ -52,7 +52,11 @@ impl PeerLiveness {
     pub fn on_lane_down(&self, node: NodeId) -> bool {
         let mut peers = self.lock();
         let signs = peers.entry(node).or_default();
-        signs.lanes = signs.lanes.saturating_sub(1);
+        assert!(
+            signs.lanes > 0,
+            "a lane from {node} broke that was never up"
+        );
+        signs.lanes -= 1;
         if signs.lanes == 0 {
             signs.disconnected_at = Some(Instant::now());
         }

@@ -86,6 +86,7 @@ impl HeartbeatDelay {
                 at: now,
             };
         }
+        assert!(self.worst <= DELAY_MAX, "a leader that is gone is replaced");
     }
 }
 
@@ -131,6 +132,11 @@ impl ElectionTimer {
     /// leaves replicas that can serve much time to campaign first, but not forever: one of them may
     /// have a vote without knowing it, if it lacks the entry that says so.
     pub fn new(timings: &RaftTimings, is_witness: bool) -> Self {
+        assert!(
+            timings.heartbeat_ms < timings.election_ms_min
+                && timings.election_ms_min <= timings.election_ms_max,
+            "heartbeats come before any election timeout"
+        );
         let now = Instant::now();
         let bounds = (
             Duration::from_millis(timings.election_ms_min),
@@ -283,6 +289,7 @@ impl ElectionTimer {
         let next = now + between(self.election) + state.delay.at(now);
         state.campaign_at = next + self.patience;
         state.attempt_from = next;
+        assert!(now < next, "a campaign has time before the next");
         TimerAction::Campaign
     }
 

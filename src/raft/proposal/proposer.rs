@@ -249,6 +249,10 @@ impl Proposer {
                 return ProposerStep::Wait { until: Some(now) };
             }
             queue.in_flight += 1;
+            assert!(
+                queue.in_flight <= ENTRIES_MAX,
+                "too many entries are in flight"
+            );
             return ProposerStep::Propose(writes);
         }
         expire(&mut queue, now);
@@ -294,6 +298,7 @@ impl Proposer {
 
     fn entry_ended(&self) {
         let mut queue = self.lock();
+        assert!(queue.in_flight > 0, "an entry ends that never began");
         queue.in_flight -= 1;
         let ready = queue.may_propose();
         drop(queue);
@@ -310,6 +315,12 @@ impl Proposer {
             ) => writes,
             Ok(_) | Err(_) => Vec::new(),
         };
+        assert_eq!(
+            writes.len(),
+            answers.len(),
+            "a write is lost or answered twice"
+        );
+
         let mut queue = self.lock();
         if let Some(reason) = queue.closed.clone() {
             drop(queue);
@@ -354,6 +365,15 @@ fn take_entry(queue: &mut ProposalQueue, now: Instant) -> Vec<QueuedWrite> {
             writes.push(next);
         }
     }
+    assert!(
+        writes.len() <= WRITES_PER_ENTRY,
+        "an entry has too many writes"
+    );
+    assert!(
+        !queue.waiting.is_empty() || queue.bytes == 0,
+        "an empty queue has {} bytes",
+        queue.bytes
+    );
     writes
 }
 

@@ -2,7 +2,7 @@
 //! doubles.
 //!
 //! The suite begins logs at index 1, as no group ever does, and our log refuses a hole. [`Hiding`]
-//! fills it and hides what it filled in.
+//! fills it and hides what it filled in; [`Contiguous`] does so for the state machine.
 
 use std::fmt::Debug;
 use std::io;
@@ -12,18 +12,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use futures::Stream;
+use futures::{Stream, TryStreamExt, stream};
 use openraft::entry::RaftEntry as _;
-use openraft::storage::{IOFlushed, RaftLogStorage};
+use openraft::storage::{EntryResponder, IOFlushed, RaftLogStorage, RaftStateMachine};
 use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::alias::SnapshotOf;
 use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader, StorageError};
 
 use super::cluster::{Disks, key};
 use crate::raft::apply_state::ApplyState;
 use crate::raft::log_store::LogStore;
-use crate::raft::replica_store::ReplicaStore;
-use crate::raft::state_machine::StateMachine;
-use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, Types};
+use crate::raft::replica_store::{ReplicaStore, SnapshotData};
+use crate::raft::state_machine::{SnapshotBuilder, StateMachine};
+use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, SnapshotMeta, StoredMembership, Types};
 use crate::raft::witness_store::WitnessStore;
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::log::{Log, LogOptions};
@@ -63,7 +64,7 @@ fn store(
     directory: &Path,
     keep: Option<tempfile::TempDir>,
     is_witness: bool,
-) -> (Guard, Hiding, StateMachine) {
+) -> (Guard, Hiding, Contiguous) {
     let options = LogOptions {
         segment_bytes: 64 << 10,
         grow_bytes: 16 << 10,
@@ -107,7 +108,7 @@ fn store(
             store: LogStore::new(replica),
             first_seen: Arc::default(),
         },
-        StateMachine::new(apply_state),
+        Contiguous(StateMachine::new(apply_state)),
     )
 }
 
@@ -249,10 +250,60 @@ impl RaftLogStorage<Types> for Hiding {
     }
 }
 
+/// A state machine that is given the entries which the suite leaves out: ours takes no gap.
+struct Contiguous(StateMachine);
+
+impl RaftStateMachine<Types> for Contiguous {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, StoredMembership)> {
+        self.0.applied_state().await
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> io::Result<()>
+    where
+        S: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + OptionalSend,
+    {
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let (last, _) = self.0.applied_state().await?;
+            let next = last.map_or(0, |id| id.index() + 1);
+            let id = |index| RaftLogId::new(*entry.log_id.committed_leader_id(), index);
+            let blanks = (next..entry.log_id.index())
+                .map(|index| Ok((RaftEntry::new(id(index), EntryPayload::Blank), None)));
+            let filled: Vec<_> = blanks.chain([Ok((entry.clone(), responder))]).collect();
+            self.0.apply(stream::iter(filled)).await?;
+        }
+        Ok(())
+    }
+
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
+        self.0.try_create_snapshot_builder(force).await
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        self.0.get_snapshot_builder().await
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotData,
+    ) -> io::Result<()> {
+        self.0.install_snapshot(meta, snapshot).await
+    }
+
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> io::Result<Option<SnapshotOf<Types, SnapshotData>>> {
+        self.0.get_current_snapshot().await
+    }
+}
+
 struct InMemory;
 
-impl StoreBuilder<Types, Hiding, StateMachine, Guard> for InMemory {
-    async fn build(&self) -> Result<(Guard, Hiding, StateMachine), StorageError<Types>> {
+impl StoreBuilder<Types, Hiding, Contiguous, Guard> for InMemory {
+    async fn build(&self) -> Result<(Guard, Hiding, Contiguous), StorageError<Types>> {
         let disks = Disks::new(1);
         Ok(store(
             Arc::new(disks.disk),
@@ -266,8 +317,8 @@ impl StoreBuilder<Types, Hiding, StateMachine, Guard> for InMemory {
 
 struct OnDisk;
 
-impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OnDisk {
-    async fn build(&self) -> Result<(Guard, Hiding, StateMachine), StorageError<Types>> {
+impl StoreBuilder<Types, Hiding, Contiguous, Guard> for OnDisk {
+    async fn build(&self) -> Result<(Guard, Hiding, Contiguous), StorageError<Types>> {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().to_owned();
         let trees = SledTrees::open(&path.join("sled"), &SledOptions::default()).expect("sled");
@@ -283,8 +334,8 @@ impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OnDisk {
 
 struct OfWitness;
 
-impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OfWitness {
-    async fn build(&self) -> Result<(Guard, Hiding, StateMachine), StorageError<Types>> {
+impl StoreBuilder<Types, Hiding, Contiguous, Guard> for OfWitness {
+    async fn build(&self) -> Result<(Guard, Hiding, Contiguous), StorageError<Types>> {
         let disks = Disks::new(1);
         Ok(store(
             Arc::new(disks.disk),

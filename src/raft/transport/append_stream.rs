@@ -94,6 +94,13 @@ where
 
     fn send(&mut self, mut request: AppendEntriesRequest<Types>) {
         let previous = request.prev_log_id;
+        assert!(self.window.len() < WINDOW, "the window is full");
+        assert!(
+            request.entries.first().is_none_or(|first| {
+                first.log_id.index() == previous.map_or(0, |id| id.index() + 1)
+            }),
+            "the entries of an append follow the one before them"
+        );
         let last = request
             .entries
             .last()
@@ -178,6 +185,11 @@ where
     fn pop(&mut self) -> Option<InFlightAppend> {
         let done = self.window.pop_front()?;
         self.window_bytes -= done.bytes;
+        assert!(
+            !self.window.is_empty() || self.window_bytes == 0,
+            "an empty window has {} bytes",
+            self.window_bytes
+        );
         if let Some(next) = self.window.front() {
             self.timer.as_mut().reset(next.due);
         }

@@ -382,6 +382,7 @@ impl FrameSlot {
 
 impl Drop for FrameSlot {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        let before = self.0.fetch_sub(1, Ordering::Relaxed);
+        assert!(before > 0, "a frame ends that never began");
     }
 }

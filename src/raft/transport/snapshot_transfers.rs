@@ -47,7 +47,8 @@ struct SnapshotTransfer {
 
 impl SnapshotTransfer {
     fn log_bytes_max(&self) -> u64 {
-        let doublings = self.times.saturating_sub(1).min(DOUBLINGS_MAX);
+        assert!(self.times > 0, "a snapshot was sent");
+        let doublings = (self.times - 1).min(DOUBLINGS_MAX);
         self.snapshot_bytes.max(LOG_BYTES_FLOOR) << doublings
     }
 

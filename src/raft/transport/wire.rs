@@ -242,6 +242,10 @@ impl UnsealedFrame {
 
     /// Returns the frame with its sequence number.
     pub fn seal(mut self, sequence: u64) -> Bytes {
+        assert!(
+            self.0.len() > LENGTH_BYTES + PREFIX_BYTES,
+            "a frame has an envelope"
+        );
         self.0[LENGTH_BYTES + 1..LENGTH_BYTES + PREFIX_BYTES]
             .copy_from_slice(&sequence.to_le_bytes());
         self.0.freeze()

@@ -304,6 +304,10 @@ impl PeerLane {
             return Err(LaneError::Full(state.queue_bytes));
         }
         let sequence = state.next_sequence;
+        assert!(
+            sequence < CANNOT_CONNECT_SEQUENCE,
+            "a call has a reserved sequence number"
+        );
         state.next_sequence += 1;
         let (caller, answer) = oneshot::channel();
         let bytes = frame.bytes_len();
@@ -344,6 +348,11 @@ impl Stream for OutgoingFrames {
         if state.generation != self.generation {
             return Poll::Ready(None);
         }
+        assert!(
+            !state.queue.is_empty() || state.queue_bytes == 0,
+            "an empty queue has {} bytes",
+            state.queue_bytes
+        );
         let Some((mut first, place)) = state.queue.pop_front() else {
             state.waker = Some(context.waker().clone());
             return Poll::Pending;

@@ -89,6 +89,14 @@ impl LaneLimiter {
                 ended: ended.clone(),
             },
         );
+        assert!(
+            holders
+                .values()
+                .filter(|holder| holder.owner == owner)
+                .count()
+                <= owner.max_lanes(),
+            "{owner:?} has more lanes than it may"
+        );
         Some(LanePermit {
             limiter: self.clone(),
             number,

@@ -87,7 +87,8 @@ impl PeerSession {
 
 impl Drop for PeerSession {
     fn drop(&mut self) {
-        self.contact.lanes.fetch_sub(1, Ordering::Relaxed);
+        let before = self.contact.lanes.fetch_sub(1, Ordering::Relaxed);
+        assert!(before > 0, "a lane ends that never began");
     }
 }
 
