@@ -223,13 +223,19 @@ impl ApplyState {
         if let Some(time_ms) = command.time_ms() {
             self.clock.observe(time_ms);
         }
+
+        // Taken now, because deciding consumes the command.
         let notes = command.notes_digest();
         let read_only = command.read_only();
         let (outcome, batch) = state.read_here(|read| command.decide(read, &work, applying))?;
+
+        // Asked for before the entry is applied, so that the digest is taken right after it.
         if let Some(log_id) = work.applied.log_id.filter(|_| notes) {
             state.want_digest(log_id);
         }
         state.apply(batch, work.applied)?;
+
+        // Only once the map says so: a failed apply must not open the group for writes.
         if let Some(reason) = read_only {
             self.set_read_only(reason);
         }

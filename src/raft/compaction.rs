@@ -100,6 +100,8 @@ impl Replica {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
 
+        // Members that are nearly up to date are sent the log that they lack, if that is not too
+        // much; to all others a snapshot costs less.
         let status = self.status();
         let lanes = &self.context.lanes;
         let is_near = |node| {

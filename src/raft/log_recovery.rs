@@ -31,6 +31,9 @@ pub async fn fit_log(
 ) -> Result<(), OpenError> {
     let LogState { purged, last, .. } = log.state();
     let applied = store.applied().log_id;
+
+    // The log begins behind what is applied: entries are missing in between, and nobody here has
+    // them.
     if let Some(purged) =
         purged.filter(|purged| applied.is_none_or(|applied| applied.index < purged.index))
     {
@@ -44,13 +47,17 @@ pub async fn fit_log(
             reason,
         });
     }
+
     let Some(applied) = applied else {
         return Ok(());
     };
+
+    // The ordinary case: the log holds the entry that was applied last.
     let found = log.entry_id(applied.index);
     if found == Some(applied) {
         return Ok(());
     }
+
     if !is_installed(store, applied) {
         let log = match (found, last) {
             (Some(found), _) => format!("has {found}"),
@@ -75,6 +82,8 @@ pub async fn fit_log(
              or has lost its end, and this witness has forgotten what it promised since"
         ),
     }
+
+    // The log holds another entry at this index, which the group never committed: all of it goes.
     if found.is_some() {
         ended(|done| log.truncate_after(purged.map(|purged| purged.index), done)).await?;
     }

@@ -56,12 +56,16 @@ impl Replica {
         if !self.leads() {
             return Err(failed("this replica does not lead".into()));
         }
+
         let vote = self
             .raft
             .with_raft_state(|state| *state.vote_ref())
             .await
             .map_err(|error| failed(error.to_string()))?;
         let vote = vote_from_raft(&vote);
+
+        // The follower holds its map before the snapshot is written; otherwise it would apply
+        // entries that the snapshot lacks.
         let client = self.network.snapshot_client(replica, node);
         let deadline = Instant::now() + ASK_TIMEOUT;
         match client
@@ -72,6 +76,7 @@ impl Replica {
             Ok(other) => return Err(failed(format!("it answered {other:?}"))),
             Err(error) => return Err(failed(error.to_string())),
         }
+
         let mut building = std::pin::pin!(self.build_snapshot());
         let built = loop {
             match tokio::time::timeout(ASK_EVERY, &mut building).await {
@@ -89,6 +94,7 @@ impl Replica {
                 ),
             }
         };
+
         built.map_err(|error| failed(error.to_string()))?;
         let snapshot = self
             .state()
@@ -105,9 +111,12 @@ impl Replica {
         if self.leads() || !self.is_current(vote) {
             return Err(PeerRefusal::Failed("it does not follow who asks".into()));
         }
+
         if self.apply_state.store.map().is_none() {
             return Err(PeerRefusal::Failed("a witness has no map".into()));
         }
+
+        // A repeated request only extends the hold.
         let Some(number) = self.apply_state.hold.set() else {
             return Ok(PeerReply::Noted);
         };
@@ -116,6 +125,8 @@ impl Replica {
             from its leader",
             self.key()
         );
+
+        // Ends the hold if no other map comes, so that the replica does not lag forever.
         let apply_state = self.apply_state.clone();
         self.supervise(async move {
             if apply_state.hold.outlast(number).await {

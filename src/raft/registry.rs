@@ -91,6 +91,7 @@ impl Registry {
         let liveness = Arc::new(PeerLiveness::default());
         let reachability = Arc::new(Reachability::default());
         let budgets = Arc::new(parts.budgets);
+
         let lanes = Arc::new(Lanes::new(LanesParts {
             identity: parts.identity.clone(),
             resolver: parts.resolver.clone(),
@@ -101,6 +102,7 @@ impl Registry {
             lease_timings: LeaseTimings::from(&parts.timings),
             supervisor: parts.supervisor.clone(),
         }));
+
         let context = Arc::new(RaftContext {
             log: parts.log,
             lanes,
@@ -111,6 +113,7 @@ impl Registry {
             supervisor: parts.supervisor,
             elections: Arc::default(),
         });
+
         Arc::new(Self {
             identity: parts.identity,
             liveness,
@@ -300,6 +303,7 @@ impl Registry {
             if opening.is_closed {
                 return Err(OpenError::ShuttingDown);
             }
+
             if let Some(open) = self.replica(key.group) {
                 return Err(OpenError::AlreadyOpen(open.key()));
             }
@@ -308,6 +312,10 @@ impl Registry {
                 None if !may_create => return Err(OpenError::Missing(key)),
                 None => self.create(key, kind).await?,
             };
+
+            // A replica that has run in this process may have acknowledged what its log has not
+            // synced. So it is synced without the lock, and opened only if nobody else has tried in
+            // between.
             let tried = opening.tried.entry(key).or_default();
             if *tried == synced {
                 *tried += 1;
@@ -319,7 +327,11 @@ impl Registry {
             drop(opening);
             sync_vote(&log).await?;
         };
+
         let store = self.open_state(key, log.clone()).await?;
+
+        // A replica never changes its kind: a witness lacks the data that the other kind is counted
+        // on for.
         let found = if store.witness().is_some() {
             ReplicaKind::Witness
         } else {
@@ -328,8 +340,10 @@ impl Registry {
         if kind.is_some_and(|kind| kind != found) {
             return Err(OpenError::OtherKind(key));
         }
+
         fit_log(key, &log, &store).await?;
         let group = Replica::open(self.context.clone(), log, store).await?;
+
         if group.is_witness() {
             group.supervise(witness::transfer_leadership_when_ready(Arc::downgrade(
                 &group,
@@ -341,6 +355,8 @@ impl Registry {
             "two replicas of {} live here",
             key.group
         );
+
+        // The first replica starts the timer of all.
         self.election_timer
             .get_or_init(|| self.start_election_timer());
         Ok(group)
@@ -462,6 +478,8 @@ impl Registry {
         wiped
             .map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))?
             .map_err(OpenError::Log)??;
+
+        // The map goes before the log: a map without its log would not open.
         let (done, forgotten) = oneshot::channel();
         self.context
             .log
@@ -490,6 +508,7 @@ impl Registry {
                 tracing::info!(%group, %error, "the leadership was not handed over");
             }
         });
+
         join_all(handed).await;
     }
 

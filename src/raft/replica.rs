@@ -105,6 +105,7 @@ impl Replica {
             snapshot_step_timeout: timings.snapshot_step_timeout(),
             lease: timings.lease(),
         };
+
         let apply_state = Arc::new(ApplyState::new(store)?);
         let state_machine = StateMachine::new(apply_state.clone());
         let raft = RaftHandle::build(
@@ -116,14 +117,17 @@ impl Replica {
         )
         .await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
+
         let (proposer, reads) = (
             Proposer::new(context.budgets.clone()),
             ReadIndex::new(timings.lease_age_max()),
         );
         let is_stopping = Arc::new(AtomicBool::new(false));
+
         let (publish, watch) = watch::channel(look(&raft, None));
         let mut tasks = JoinSet::new();
         let supervisor = context.supervisor.clone();
+
         let propose =
             proposer
                 .clone()
@@ -134,6 +138,7 @@ impl Replica {
             "reads",
             reads.clone().run(raft.clone(), apply_state.clone()),
         );
+
         let (waiting, elections) = ((proposer.clone(), reads.clone()), context.elections.clone());
         let monitor = monitor(
             key,
@@ -145,6 +150,7 @@ impl Replica {
             is_stopping.clone(),
         );
         supervisor.start(&mut tasks, "monitor of a replica", monitor);
+
         let group = Self {
             key,
             raft,
@@ -236,6 +242,7 @@ impl Replica {
             .freshness
             .fresh_at(*self.apply_state.applied.borrow())
             .map(|at| at.elapsed());
+
         let watch = self.watch.borrow();
         match watch.role {
             Role::Leader => {
@@ -275,12 +282,16 @@ impl Replica {
         let data = self.raft.data_metrics();
         let data = data.borrow_watched();
         let watch = self.watch.borrow();
+
         let matched = data.replication.as_ref().map(|replication| {
             replication
                 .iter()
                 .map(|(replica, matched)| (*replica, matched.as_ref().map(from_raft)))
                 .collect()
         });
+
+        // A leader that has stepped down reports itself as a follower, though openraft does not
+        // know it yet.
         let has_stepped_down = self.has_stepped_down(&watch);
         let role = if has_stepped_down {
             Role::Follower
@@ -288,6 +299,7 @@ impl Replica {
             watch.role
         };
         let leader = watch.leader.filter(|_| !has_stepped_down);
+
         let leader_heard = match role {
             Role::Leader => Some(Duration::ZERO),
             Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
@@ -382,6 +394,7 @@ impl Replica {
         // Otherwise openraft would wait for a map that will not come.
         self.apply_state.hold.clear();
         let _ = self.raft.shutdown().await;
+
         let tasks = self.tasks.lock().take();
         if let Some(mut tasks) = tasks {
             tasks.shutdown().await;
@@ -394,6 +407,7 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> ReplicaWatch {
     let metrics = raft.server_metrics();
     let metrics = metrics.borrow_watched();
     let membership = GroupMembership::from(&*metrics.membership_config);
+
     let role = match metrics.state {
         _ if failure.is_some() => Role::Stopped,
         ServerState::Leader => Role::Leader,
@@ -402,12 +416,15 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> ReplicaWatch {
         ServerState::Learner => Role::Learner,
         ServerState::Shutdown => Role::Stopped,
     };
+
+    // A witness that leads is not named: it serves nobody, and clients would ask it.
     let leader = metrics.current_leader.map(|replica| {
         let node = membership
             .node_of(replica)
             .filter(|_| !membership.is_witness(replica));
         Leader { replica, node }
     });
+
     ReplicaWatch {
         role,
         leader,
@@ -429,6 +446,7 @@ async fn monitor(
     is_stopping: Arc<AtomicBool>,
 ) {
     let mut changes = raft.server_metrics();
+
     let mut led_by = None;
     loop {
         let now = look(&raft, None);
@@ -438,6 +456,7 @@ async fn monitor(
             }
             led_by = Some(leader);
         }
+
         publish.send_if_modified(|before| {
             let changed = *before != now;
             *before = now;
@@ -448,10 +467,13 @@ async fn monitor(
             break;
         }
     }
+
     let stopped = match &raft.metrics().borrow_watched().running_state {
         Ok(()) | Err(Fatal::Stopped) => None,
         Err(error @ (Fatal::StorageError(_) | Fatal::Panicked)) => Some(error.to_string()),
     };
+
+    // openraft ended though nobody asked it to: that is a failure, even if it names none.
     if !is_stopping.load(Ordering::Relaxed) || stopped.is_some() {
         let reason = apply_state
             .failure()

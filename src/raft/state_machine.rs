@@ -148,35 +148,47 @@ impl RaftStateMachine<Types> for StateMachine {
             if let (0, Some(state)) = (in_turn, self.apply_state.store.map()) {
                 state.wait_room().await;
             }
+
             let apply_state = self.apply_state.clone();
             let turn = apply_state.take_turn().await;
+
+            // Another map may have taken the place of this one since the last entry.
             let rebuilt = apply_state.rebuilt.load(Ordering::Acquire);
             if rebuilt != self.rebuilt_seen {
                 self.take_over_map()?;
                 self.rebuilt_seen = rebuilt;
             }
+
             let (entry_id, index) = (entry.log_id, entry.log_id.index());
+
+            // Its effects are in the map that took the place of this one.
             if self.is_in_map(index) {
                 if let Some(responder) = responder {
                     responder.send(ApplyOutcome::Nothing);
                 }
                 continue;
             }
+
+            // Nobody reads the outcome of an entry that was proposed elsewhere, so the core need
+            // not build it.
             let audience = if responder.is_some() {
                 kv::Audience::Caller
             } else {
                 kv::Audience::Nobody
             };
+
             let work = self.work(entry.log_id, entry.payload, audience);
             let outcome = apply_state
                 .apply(work)
                 .await
                 .map_err(|error| apply_state.fatal(error))?;
+
             drop(turn);
             self.apply_state.note_applied(from_raft(&entry_id));
             if let Some(responder) = responder {
                 responder.send(outcome);
             }
+
             in_turn += 1;
             if in_turn == ENTRIES_PER_TURN {
                 in_turn = 0;
@@ -209,6 +221,7 @@ impl RaftStateMachine<Types> for StateMachine {
         data: SnapshotData,
     ) -> io::Result<()> {
         let _installing = InstallGuard::begin(self.apply_state.clone());
+
         let apply_state = self.apply_state.clone();
         let installed = tokio::task::spawn_blocking(move || match (&apply_state.store, &data) {
             (ReplicaStore::Map(state), SnapshotData::Map(snapshot)) => {
@@ -228,10 +241,12 @@ impl RaftStateMachine<Types> for StateMachine {
                 "a snapshot for another kind of replica was to be installed".into(),
             )),
         });
+
         installed
             .await
             .map_err(io::Error::other)?
             .map_err(|error| self.apply_state.fatal(error))?;
+
         let applied = self.apply_state.store.applied();
         self.membership = applied.membership;
         self.apply_state

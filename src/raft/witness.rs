@@ -68,6 +68,7 @@ impl WitnessReplica {
         let Some(state) = group.apply_state.store.witness() else {
             return Ok(());
         };
+
         let status = group.status();
         let is_voter = group
             .watch
@@ -75,6 +76,7 @@ impl WitnessReplica {
             .committed_membership
             .voters
             .contains_key(&self.key().replica);
+
         let upto = state
             .purge_index()
             .min(status.applied.map_or(0, |id| id.index));
@@ -83,9 +85,13 @@ impl WitnessReplica {
             .log
             .bytes_since(purged)
             .saturating_sub(group.log.bytes_since(upto));
+
         if !is_voter || upto <= purged || !(under_pressure || freed >= PURGE_BYTES_MIN) {
             return Ok(());
         }
+
+        // The file must say that the entries were applied before they are purged, or a restart
+        // would find neither.
         if status
             .snapshot
             .is_none_or(|watermark| watermark.index < upto)
@@ -95,6 +101,7 @@ impl WitnessReplica {
             let _ = group.raft.trigger().snapshot().await;
             return Ok(());
         }
+
         group.purge_log(upto).await;
         Ok(())
     }
@@ -109,6 +116,7 @@ impl Replica {
         {
             return;
         }
+
         let status = self.status();
         let Some(upto) = status
             .matched_by_all()
@@ -116,12 +124,14 @@ impl Replica {
         else {
             return;
         };
+
         let members = status
             .membership
             .voters
             .iter()
             .chain(&status.membership.learners);
         let witnesses = members.filter(|(replica, _)| status.membership.is_witness(**replica));
+
         let sent = witnesses.map(|(replica, node)| {
             let client = self.network.log_client(*replica, *node);
             async move {
@@ -134,6 +144,8 @@ impl Replica {
                     .await
             }
         });
+
+        // Remembered only if every witness has it; otherwise it is sent again.
         match join_all(sent).await.into_iter().find_map(Result::err) {
             None => self.advertised_purge_index.store(upto, Ordering::Relaxed),
             Some(error) => {
@@ -171,6 +183,7 @@ pub async fn transfer_leadership_when_ready(group: Weak<Replica>) {
     let Some(mut watch) = group.upgrade().map(|group| group.watch()) else {
         return;
     };
+
     loop {
         if watch
             .wait_for(|now| now.role == Role::Leader)
@@ -179,6 +192,7 @@ pub async fn transfer_leadership_when_ready(group: Weak<Replica>) {
         {
             return;
         }
+
         let Some(group) = group.upgrade() else { return };
         if let Some(transfer_target) = group.transfer_target() {
             let handed = group
@@ -187,6 +201,8 @@ pub async fn transfer_leadership_when_ready(group: Weak<Replica>) {
             tracing::info!(group = %group.key().group, to = %transfer_target, ?handed, "a witness \
                 that led hands over");
         }
+
+        // Not held while waiting, so that the replica can end.
         drop(group);
         tokio::time::sleep(LOOK_INTERVAL).await;
     }

@@ -142,6 +142,7 @@ impl ElectionTimer {
             Duration::from_millis(timings.election_ms_min),
             Duration::from_millis(timings.election_ms_max),
         );
+
         let patience = if is_witness {
             timings.witness_patience()
         } else {
@@ -149,6 +150,7 @@ impl ElectionTimer {
         };
         // The replica may have granted a lease before it was restarted, without knowing.
         let from = now + timings.forgotten_lease();
+
         let state = TimerState {
             next_heartbeat: now,
             campaign_at: from + between(bounds) + patience,
@@ -158,6 +160,7 @@ impl ElectionTimer {
             silent_since: None,
             delay: HeartbeatDelay::none(now),
         };
+
         let heartbeat = Duration::from_millis(timings.heartbeat_ms);
         Self {
             heartbeat,
@@ -282,6 +285,7 @@ impl ElectionTimer {
             ElectionRole::Voter => now >= state.campaign_at && now >= state.attempt_from,
             ElectionRole::OnlyVoter => now >= state.attempt_from,
         };
+
         if !campaign {
             return TimerAction::Nothing;
         }

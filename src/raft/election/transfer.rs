@@ -57,9 +57,12 @@ impl Replica {
         if to == self.key.replica {
             return Ok(());
         }
+
+        // A witness could win the election, and then serve nobody.
         if !status.membership.voters.contains_key(&to) || status.membership.is_witness(to) {
             return Err(TransferError::NoVoter(to));
         }
+
         let entries = lag(&status, to);
         if entries > TRANSFER_LAG_MAX {
             return Err(TransferError::Behind {
@@ -67,6 +70,8 @@ impl Replica {
                 entries,
             });
         }
+
+        // Subscribed before the transfer begins, so that its end is not missed.
         let mut watch = self.watch();
         self.raft
             .trigger()
@@ -76,6 +81,7 @@ impl Replica {
         let took_over = watch.wait_for(|now| {
             now.failure.is_some() || now.leader.is_some_and(|leader| leader.replica == to)
         });
+
         match tokio::time::timeout(timeout, took_over).await {
             Ok(Ok(now)) if now.failure.is_none() => Ok(()),
             Ok(_) => Err(TransferError::Stopped),
@@ -101,6 +107,7 @@ impl Replica {
                 **replica != self.key.replica && !status.membership.is_witness(**replica)
             })
             .filter(|(_, node)| may_lead(**node));
+
         let candidates = others.filter(|(replica, _)| lag(&status, **replica) <= TRANSFER_LAG_MAX);
         // A replica whose disk hangs lags little in an idle group, but cannot be elected.
         let has_all = |replica: &ReplicaId| {
@@ -109,6 +116,7 @@ impl Replica {
                 .get(replica)
                 .is_some_and(|matched| *matched >= status.committed)
         };
+
         let best = candidates.max_by_key(|(replica, node)| {
             (
                 has_all(replica),

@@ -1,5 +1,5 @@
-//! Admits proposals and reads to a replica: refuses what it must not take, and proposes the commands
-//! that are entries of their own.
+//! Admits proposals and reads to a replica: refuses what it must not take, and proposes the
+//! commands that are entries of their own.
 //!
 //! An error other than `Unknown` means that nothing was proposed.
 
@@ -192,16 +192,21 @@ impl Replica {
         deadline: Instant,
     ) -> Result<ApplyOutcome, ProposeError> {
         self.ensure_proposes()?;
+
         loop {
             if Instant::now() >= deadline {
                 return Err(ProposeError::Expired);
             }
+
+            // The reservation lives in the responder, so that it is held until openraft lets go of
+            // the entry, even if this caller has given up.
             let (sender, answered) = oneshot::channel::<ClientWriteResult<Types>>();
             let place = self.proposer.reserve(entry.len())?;
             let answer = ResponderFn(Box::new(move |result| {
                 drop(place);
                 drop(sender.send(result));
             }));
+
             if self
                 .raft
                 .client_write_ff(Proposal(entry.clone()), Some(answer))
@@ -212,6 +217,9 @@ impl Replica {
                     reason: self.stop_reason(),
                 });
             }
+
+            // A leader whose lease has expired has not appended the entry: only that attempt is
+            // repeated.
             match tokio::time::timeout_at(deadline, answered).await {
                 Ok(Ok(Ok(response))) => return Ok(response.data),
                 Ok(Ok(Err(ClientWriteError::ForwardToLeader(ForwardToLeader {

@@ -155,6 +155,8 @@ impl Proposer {
                 place,
             },
         })?;
+
+        // After the grace a write may still be applied, so its outcome is unknown.
         match tokio::time::timeout_at(deadline + GRACE, answered).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(ProposeError::unknown("the replica stopped")),
@@ -241,13 +243,17 @@ impl Proposer {
         if queue.closed.is_some() {
             return ProposerStep::End;
         }
+
         let paused = queue.not_before.filter(|until| *until > now);
+
         if queue.may_propose() && paused.is_none() {
             queue.not_before = None;
+
             let writes = take_entry(&mut queue, now);
             if writes.is_empty() {
                 return ProposerStep::Wait { until: Some(now) };
             }
+
             queue.in_flight += 1;
             assert!(
                 queue.in_flight <= ENTRIES_MAX,
@@ -255,6 +261,7 @@ impl Proposer {
             );
             return ProposerStep::Propose(writes);
         }
+
         expire(&mut queue, now);
         let first_deadline = queue.waiting.front().map(|write| write.waiter.deadline);
         // An entry that is answered, or a write that fills the next one, wakes this task. Only the
@@ -280,12 +287,16 @@ impl Proposer {
             answers.push(waiting.waiter);
             waiting.write
         });
+
+        // The time is taken here and not at apply, so that all replicas apply the same.
         let (time_ms, writes) = (apply_state.clock.now_ms(), writes.collect::<Vec<_>>());
+
         let command = match is_bounded && writes.iter().any(kv::Write::has_gets) {
             true => kv::KvCommand::BoundedWrite { time_ms, writes },
             false => kv::KvCommand::Write { time_ms, writes },
         };
         let entry = command.encode();
+
         let in_flight = InFlightEntry {
             proposer: self.clone(),
             entry: entry.clone(),
@@ -331,6 +342,8 @@ impl Proposer {
             }
             return;
         }
+
+        // In reverse, so that they are at the front in their old order.
         for (write, waiter) in writes.into_iter().zip(answers).rev() {
             queue.bytes += waiter.bytes;
             queue.waiting.push_front(QueuedWrite { write, waiter });
@@ -352,6 +365,8 @@ enum ProposerStep {
 fn take_entry(queue: &mut ProposalQueue, now: Instant) -> Vec<QueuedWrite> {
     let mut writes = Vec::with_capacity(queue.waiting.len().min(WRITES_PER_ENTRY));
     let mut bytes = 0;
+
+    // A write that is larger than an entry may be goes alone.
     while writes.len() < WRITES_PER_ENTRY
         && let Some(next) = queue.waiting.front()
         && (bytes + next.waiter.bytes <= ENTRY_BYTES || writes.is_empty())
@@ -402,6 +417,7 @@ struct InFlightEntry {
 impl InFlightEntry {
     fn end(mut self, result: ClientWriteResult<Types>) {
         let answers = std::mem::take(&mut self.answers);
+
         let outcomes = match result {
             Ok(response) => outcomes(response.data, answers.len()),
             Err(ClientWriteError::ForwardToLeader(ForwardToLeader {
@@ -412,6 +428,7 @@ impl InFlightEntry {
             }
             Err(error) => Err(propose_error(error)),
         };
+
         match outcomes {
             Ok(outcomes) => {
                 for (waiter, outcome) in answers.into_iter().zip(outcomes) {

@@ -144,6 +144,7 @@ impl ReadIndex {
     async fn round(&self, raft: &RaftHandle, apply_state: &ApplyState) -> RoundResult {
         let option =
             LinearizerOption::new(Some(self.lease_age_max.unwrap_or(Duration::ZERO)), true);
+
         let index = match raft.get_read_linearizer(option).await {
             Ok(linearizer) => linearizer.read_log_id().index(),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
@@ -160,6 +161,8 @@ impl ReadIndex {
             }
             Err(RaftError::Fatal(_)) => return Err(RoundError::Final(self.stopped())),
         };
+
+        // The read is linearizable once everything that was committed at its start is applied.
         let mut applied = apply_state.applied.subscribe();
         let reached =
             tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|applied| *applied >= index))

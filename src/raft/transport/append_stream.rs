@@ -107,15 +107,20 @@ where
             .map(|entry| entry.log_id)
             .or(previous);
         self.taken = last;
+
         let term = vote_from_raft(&request.vote).term;
+
+        // A conflict with what was acknowledged means that the follower's disk is an older copy.
         let follows_acked = match self.client.lane {
             Lane::Log => self.client.acked.has(term, previous),
             // openraft sends heartbeats after what was acknowledged to this leader.
             Lane::Heartbeat => previous.is_some(),
             Lane::Snapshot => false,
         };
+
         let frame = self.client.append_frame(&mut request);
         let bytes = frame.bytes_len();
+
         match self
             .client
             .lanes
@@ -126,11 +131,13 @@ where
                     Lane::Log => call.allowance(),
                     Lane::Heartbeat | Lane::Snapshot => Duration::ZERO,
                 };
+
                 let timeout = self.timeout + allowance;
                 let due = Instant::now() + timeout;
                 if self.window.is_empty() {
                     self.timer.as_mut().reset(due);
                 }
+
                 self.window_bytes += bytes;
                 let answer = call.answer;
                 self.window.push_back(InFlightAppend {
@@ -156,6 +163,7 @@ where
             if !self.window.is_empty() && !self.has_entries(context) {
                 return;
             }
+
             let Some(input) = &mut self.input else { return };
             match input.poll_next_unpin(context) {
                 Poll::Ready(Some(request)) => self.send(request),
@@ -208,6 +216,7 @@ where
         reply: &PeerReply,
     ) -> RpcResult<StreamAppendResult<Types>> {
         let response = read_append_reply(reply)?;
+
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
         if matches!(response, AppendEntriesResponse::Conflict) && (is_known || done.follows_acked) {
@@ -225,6 +234,7 @@ where
                 "a conflict where the logs are known to match",
             ));
         }
+
         let result = response.into_stream_result(done.previous, done.last);
         if let Ok(matching) = &result {
             self.acknowledged = self.acknowledged.max(*matching);
@@ -251,6 +261,7 @@ where
                     (None, Some(_)) => Poll::Pending,
                 };
             };
+
             let reply = match oldest.answer.poll_unpin(context) {
                 Poll::Ready(Ok(frame)) => frame.and_then(|frame| read_reply(&frame)),
                 Poll::Ready(Err(_)) => Err(LaneError::Closed),
@@ -259,13 +270,17 @@ where
                     Poll::Pending => return Poll::Pending,
                 },
             };
+
             let done = this.pop().expect("the window was not empty");
             let result = reply
                 .map_err(rpc_error)
                 .and_then(|reply| this.read(&done, &reply));
+
+            // Held back until the requests are answered that it would be credited to.
             if matches!(result, Ok(Ok(matching)) if this.speaks_for_others(matching)) {
                 continue;
             }
+
             if result.is_err() {
                 // openraft ends the stream at an error, so requests that are still in flight are
                 // given up.

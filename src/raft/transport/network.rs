@@ -130,11 +130,14 @@ impl RaftNetworkV2<Types> for PeerClient {
             let reason = AnyError::error("a witness has no snapshot");
             return Err(StreamingError::Unreachable(Unreachable::new(&reason)));
         };
+
+        // Keeps the log after the snapshot until the follower has caught up.
         let index = snapshot.applied().log_id.map_or(0, |id| id.index);
         let _guard = self
             .network
             .transfers
             .begin(self.header.target, index, snapshot.bytes_len());
+
         let send = async {
             let began = Instant::now();
             let sent =
@@ -147,6 +150,7 @@ impl RaftNetworkV2<Types> for PeerClient {
             }
             sent
         };
+
         tokio::select! {
             biased;
             closed = cancel => Err(StreamingError::Closed(closed)),
@@ -163,6 +167,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         option: RPCOption,
     ) -> RpcResult<TransferLeaderResponse<Types>> {
         use openraft::raft::TransferLeaderError::{LogNotFlushed, VoteChanged};
+
         let last = request.last_log_id().map(from_raft);
         let from = vote_from_raft(request.from_leader());
         let request = PeerRequest::TransferLeader {
@@ -170,6 +175,7 @@ impl RaftNetworkV2<Types> for PeerClient {
             to: *request.to_node_id(),
             last,
         };
+
         match self.ask_raft(request, &option).await? {
             PeerReply::TransferLeader(TransferReply::Accepted) => Ok(Ok(())),
             PeerReply::TransferLeader(TransferReply::VoteChanged { expected, actual }) => {

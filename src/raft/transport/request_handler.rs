@@ -50,9 +50,11 @@ impl Replica {
             .frames
             .take(&self.frame_bytes, tail.len())
             .ok_or(PeerRefusal::Busy)?;
+
         if self.is_behind_disk(&request) {
             return Err(PeerRefusal::Busy);
         }
+
         Ok(Box::pin(async move {
             let _held = (slot, place);
             self.answer(lane, sender, request, tail)
@@ -99,9 +101,11 @@ impl Replica {
             | PeerRequest::SnapshotChunk { .. }
             | PeerRequest::SnapshotInstall { .. }
             | PeerRequest::Watermark { .. }) => {
+                // A witness has no snapshot: one in its name would replace this map with nothing.
                 if self.watch.borrow().membership.is_witness(sender) {
                     return Err(PeerRefusal::Failed("a witness has no snapshot".into()));
                 }
+
                 let reply = match &self.apply_state.store {
                     ReplicaStore::Map(state) => self.take_snapshot(state, request, &tail).await?,
                     ReplicaStore::Witness(_) => self.take_watermark(request).await?,
@@ -214,6 +218,7 @@ impl Replica {
         if self.is_current(&vote) {
             self.timer.on_leader_message(vote.term);
         }
+
         let entries = entries
             .into_iter()
             .map(entry_to_raft)
@@ -224,12 +229,15 @@ impl Replica {
             entries: entries.map_err(|_| PeerRefusal::Unreadable)?,
             leader_commit: commit.map(to_raft),
         };
+
         let is_heartbeat = lane == Lane::Heartbeat && request.entries.is_empty();
         let waits = self.has_unsynced() || self.apply_state.is_installing();
+
         let reply = match is_heartbeat && waits {
             true => self.heartbeat(request).await?,
             false => append_reply(self.raft.append_entries(request).await)?,
         };
+
         if matches!(reply, AppendReply::Success) {
             self.freshness.note_append(
                 commit.map_or(0, |id| id.index),
@@ -268,20 +276,24 @@ impl Replica {
         if self.may_be_leased() || (!self.end_lease_if_disconnected() && !leadership_transfer) {
             return Err(PeerRefusal::Leased);
         }
+
         let request = VoteRequest::<Types> {
             vote: read(&vote)?,
             last_log_id: last.map(to_raft),
             leadership_transfer,
         };
+
         let response = self
             .raft
             .vote(request)
             .await
             .map_err(|_| PeerRefusal::Stopped)?;
+
         if response.vote_granted {
             self.timer.on_vote_granted();
         }
         self.notice_older_log(&response, last);
+
         let last = response.last_log_id.as_ref().map(from_raft);
         Ok(PeerReply::Vote {
             vote: vote_from_raft(&response.vote),
@@ -321,7 +333,9 @@ impl Replica {
         if self.may_be_leased() {
             return Err(PeerRefusal::Leased);
         }
+
         let request = TransferLeaderRequest::<Types>::new(read(&from)?, to, last.map(to_raft));
+
         let response = self
             .raft
             .handle_transfer_leader(request)

@@ -28,6 +28,7 @@ pub async fn send(
     step_timeout: Duration,
 ) -> Result<Vote, LaneError> {
     let name = name_of(snapshot);
+
     let opened = client
         .ask(
             &PeerRequest::SnapshotOpen {
@@ -38,6 +39,7 @@ pub async fn send(
             deadline(step_timeout),
         )
         .await?;
+
     if let PeerReply::WatermarkWanted = opened {
         let watermark = PeerRequest::Watermark {
             vote,
@@ -48,6 +50,8 @@ pub async fn send(
             other => Err(unexpected(&other)),
         };
     }
+
+    // Goes on where an earlier transfer of the same file ended.
     let mut bytes_sent = read_bytes_sent(opened)?;
     while bytes_sent < name.bytes_len {
         let turn = client
@@ -56,21 +60,28 @@ pub async fn send(
             .acquire()
             .await
             .map_err(|_| LaneError::Closed)?;
+
+        // The permit bounds the pieces that are in memory on this node, over all transfers.
         let chunk = read_chunk(snapshot, bytes_sent).await?;
         let request = PeerRequest::SnapshotChunk {
             snapshot: name,
             offset: bytes_sent,
         };
+
         let bytes_now =
             read_bytes_sent(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
         drop((turn, chunk));
+
+        // A receiver that makes no progress would keep this loop going forever.
         if bytes_now <= bytes_sent {
             return Err(LaneError::Refused(PeerRefusal::Failed(format!(
                 "the snapshot does not grow past {bytes_sent} bytes there"
             ))));
         }
+
         bytes_sent = bytes_now;
     }
+
     loop {
         match client
             .ask(

@@ -80,6 +80,7 @@ impl SnapshotInbox {
         }
         // Deletes the file of the one before first: the disk might not have room for both.
         *arriving = IncomingSnapshot::Nothing;
+
         let receiver = state
             .begin_receive()
             .map_err(|error| PeerRefusal::Failed(error.to_string()))?;
@@ -102,9 +103,12 @@ impl SnapshotInbox {
         else {
             return Err(not_arriving());
         };
+
         if *current != name {
             return Err(not_arriving());
         }
+
+        // After a failed write the bytes on the disk are unknown: the sender begins anew.
         match receiver.write_at(offset, chunk) {
             Ok(()) => Ok(PeerReply::SnapshotHas {
                 bytes_len: receiver.bytes_len(),
@@ -125,6 +129,7 @@ impl SnapshotInbox {
         start: impl FnOnce(SnapshotReceiver, InstallSender),
     ) -> Result<PeerReply, PeerRefusal> {
         let mut result = self.begin_install(name, vote, start)?;
+
         let done =
             match tokio::time::timeout(INSTALL_PATIENCE, result.wait_for(Option::is_some)).await {
                 Err(_) => {
@@ -134,6 +139,7 @@ impl SnapshotInbox {
                 }
                 Ok(done) => done.ok().and_then(|done| done.clone()),
             };
+
         match done {
             Some(Ok(vote)) => Ok(PeerReply::SnapshotInstalled { vote }),
             Some(Err(reason)) => Err(PeerRefusal::Failed(reason)),
@@ -148,6 +154,7 @@ impl SnapshotInbox {
         start: impl FnOnce(SnapshotReceiver, InstallSender),
     ) -> Result<InstallResult, PeerRefusal> {
         let mut arriving = self.try_lock()?;
+
         match std::mem::take(&mut *arriving) {
             IncomingSnapshot::Some {
                 name: current,
@@ -167,6 +174,8 @@ impl SnapshotInbox {
                 vote: current_vote,
                 result,
             } => {
+                // A request under another vote does not disturb the installation, and is not given
+                // its result.
                 let same = (current, current_vote) == (name, vote);
                 if same || is_running(&result) {
                     *arriving = IncomingSnapshot::Installing {

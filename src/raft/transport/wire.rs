@@ -321,6 +321,7 @@ pub fn encode_append(
         LogPayload::Normal(bytes) => (PayloadKind::Normal, bytes.clone()),
         LogPayload::Membership(bytes) => (PayloadKind::Membership, bytes.clone()),
     };
+
     let mut heads = Vec::with_capacity(entries.len());
     let mut payloads = Vec::with_capacity(entries.len());
     for entry in entries {
@@ -333,6 +334,7 @@ pub fn encode_append(
         });
         payloads.push(bytes);
     }
+
     let tail_bytes: usize = payloads.iter().map(Bytes::len).sum();
     let mut buffer = BytesMut::with_capacity(128 + 24 * heads.len() + tail_bytes);
     write(
@@ -444,6 +446,7 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<LogEntry>, Wi
                 header.id
             )));
         }
+
         let bytes = tail.split_to(bytes_len);
         let payload = match header.kind {
             PayloadKind::Blank => LogPayload::Blank,
@@ -455,6 +458,7 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<LogEntry>, Wi
             payload,
         });
     }
+
     if tail.has_remaining() {
         return Err(WireError::Malformed(format!(
             "{} bytes too many",

@@ -298,11 +298,14 @@ impl PeerLane {
             LinkState::Closed => return Err(LaneError::Closed),
             LinkState::Idle | LinkState::Up(_) => {}
         }
+
+        // One frame always fits, however large, so that every valid entry can be sent.
         if state.queue_bytes + frame.bytes_len() > QUEUE_BYTES_MAX && !state.queue.is_empty()
             || state.calls.len() >= CALLS_MAX
         {
             return Err(LaneError::Full(state.queue_bytes));
         }
+
         let sequence = state.next_sequence;
         assert!(
             sequence < CANNOT_CONNECT_SEQUENCE,
@@ -312,12 +315,15 @@ impl PeerLane {
         let (caller, answer) = oneshot::channel();
         let bytes = frame.bytes_len();
         state.calls.insert(sequence, PendingCall { caller, bytes });
+
         state.waiting_since.get_or_insert_with(Instant::now);
         state.unanswered_bytes += bytes;
         state.queue_bytes += bytes;
         // Frames of callers that have given up are still in the queue.
         let under_way = state.unanswered_bytes.max(state.queue_bytes);
         state.queue.push_back((frame.seal(sequence), place));
+
+        // Woken after the lock is released.
         let waker = state.waker.take();
         let idle = matches!(state.link, LinkState::Idle);
         drop(state);
@@ -326,6 +332,7 @@ impl PeerLane {
             None if idle => self.called.notify_one(),
             None => {}
         }
+
         Ok(Call { answer, under_way })
     }
 }
@@ -344,6 +351,7 @@ impl Stream for OutgoingFrames {
         if let Some(hello) = self.hello.take() {
             return Poll::Ready(Some(hello));
         }
+
         let mut state = self.lane.lock();
         if state.generation != self.generation {
             return Poll::Ready(None);
@@ -357,6 +365,8 @@ impl Stream for OutgoingFrames {
             state.waker = Some(context.waker().clone());
             return Poll::Pending;
         };
+
+        // A large frame goes out in pieces. Its reservation stays with the rest.
         if first.len() > CHUNK_BYTES {
             let piece = first.split_to(CHUNK_BYTES);
             state.queue_bytes -= piece.len();
@@ -364,13 +374,17 @@ impl Stream for OutgoingFrames {
             state.queue.push_front((first, place));
             return Poll::Ready(Some(piece));
         }
+
         drop(place);
         state.queue_bytes -= first.len();
         state.note_taken(first.len());
+
         let small = |frame: &Bytes| frame.len() < ALONE_BYTES;
         if !small(&first) || !state.queue.front().is_some_and(|(next, _)| small(next)) {
             return Poll::Ready(Some(first));
         }
+
+        // Small frames that wait together share a chunk, and so a packet.
         let mut chunk = BytesMut::with_capacity(CHUNK_BYTES.min(first.len() + state.queue_bytes));
         chunk.extend_from_slice(&first);
         while chunk.len() < CHUNK_BYTES
@@ -391,18 +405,23 @@ async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
         while !matches!(lane.lock().link, LinkState::Idle) || lane.lock().calls.is_empty() {
             lane.called.notified().await;
         }
+
         let started = Instant::now();
         let error = connect_and_run(&parts, &lane).await;
+
+        // A lane whose peer has moved is dialled again at once.
         let moved = matches!(lane.lock().link, LinkState::Idle);
         if moved {
             continue;
         }
+
         tracing::debug!(peer = %lane.to, lane = lane.lane.name(), %error, "a lane broke");
         lane.lock().end(&error, LinkState::Down(error.clone()));
         // A lane that worked for a while starts over with the shortest pause.
         if started.elapsed() > PAUSE_MAX {
             pause = PAUSE_MIN;
         }
+
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE_MAX);
         lane.lock().link = LinkState::Idle;
@@ -417,6 +436,7 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
     let Some(peer) = parts.resolver.resolve(lane.to) else {
         return LaneError::Unresolved(lane.to);
     };
+
     let hello = Hello {
         cluster,
         from,
@@ -424,11 +444,13 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
         to: lane.to,
         to_directory: peer.directory,
     };
+
     let generation = {
         let mut state = lane.lock();
         state.link = LinkState::Up(peer.clone());
         state.generation
     };
+
     let peer_directories = parts.identity.peer_directories();
     let hello = match peer_directories {
         Some(peer_directories) => {
@@ -441,7 +463,9 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
         generation,
         hello: Some(hello),
     };
+
     let outgoing: Outgoing = Box::pin(outbox);
+
     let dialled = tokio::time::timeout(
         CONNECT_TIMEOUT,
         parts.dial.dial(lane.to, peer.clone(), lane.lane, outgoing),
@@ -482,6 +506,7 @@ async fn deliver(
     let mut session: Option<PeerSession> = None;
     let mut check = tokio::time::interval(CHECK_EVERY);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+
     loop {
         let chunk = tokio::select! {
             biased;
@@ -491,6 +516,8 @@ async fn deliver(
                 if state.generation != generation {
                     return LaneError::Broken("the peer has moved".into());
                 }
+
+                // Calls whose callers have given up no longer count as waiting.
                 state.calls.retain(|_, call| !call.caller.is_closed());
                 state.unanswered_bytes = state.calls.values().map(|call| call.bytes).sum();
                 let silence_max =
@@ -501,6 +528,7 @@ async fn deliver(
                 continue;
             }
         };
+
         match chunk {
             None => return LaneError::Broken("the peer ended it".into()),
             Some(Err(error)) => return error,
@@ -508,6 +536,7 @@ async fn deliver(
             Some(Ok(chunk)) if chunk.is_empty() => continue,
             Some(Ok(chunk)) => reader.push(chunk),
         }
+
         if session.as_ref().is_some_and(|session| !session.note()) {
             return LaneError::Broken("a later start of the peer has taken its place".into());
         }
@@ -548,11 +577,13 @@ fn hand_out(
     if state.generation != generation {
         return Err(LaneError::Broken("the peer has moved".into()));
     }
+
     while let Some(frame) = reader.next()? {
         if frame.sequence == CANNOT_CONNECT_SEQUENCE {
             reachability.note_unreachable_from(lane.to);
             continue;
         }
+
         if frame.sequence == HELLO_SEQUENCE {
             read_reply(&frame)?;
             match frame.welcome()? {
@@ -560,11 +591,14 @@ fn hand_out(
                 None => continue,
             }
         }
+
+        // A reply without a call is late: its caller has given up.
         if let Some(call) = state.calls.remove(&frame.sequence) {
             state.unanswered_bytes = state.unanswered_bytes.saturating_sub(call.bytes);
             let _ = call.caller.send(Ok(frame));
         }
     }
+
     state.waiting_since = (!state.calls.is_empty()).then(Instant::now);
     state.taken_bytes = 0;
     Ok(None)

@@ -76,6 +76,7 @@ impl LaneLimiter {
     pub fn take(self: &Arc<Self>, owner: LaneOwner) -> Option<LanePermit> {
         let mut holders = self.lock();
         self.make_room(&mut holders, owner)?;
+
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (heard, ended) = (
             Arc::new(Mutex::new(Instant::now())),

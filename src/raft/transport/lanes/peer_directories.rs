@@ -124,6 +124,7 @@ impl PeerDirectories {
         let mut contacts = self.contacts();
         // Checked again: another start may have come in between.
         self.verify(&contacts, directory, starts)?;
+
         let running = starts.running();
         let contact = contacts
             .entry(directory)
@@ -132,6 +133,7 @@ impl PeerDirectories {
             contact.is_over.store(true, Ordering::Relaxed);
             *contact = Arc::new(PeerContact::new(running));
         }
+
         contact.lanes.fetch_add(1, Ordering::Relaxed);
         let session = PeerSession {
             contact: contact.clone(),
@@ -151,6 +153,8 @@ impl PeerDirectories {
         if self.book.is_known(directory, starts) {
             return Ok(());
         }
+
+        // Learning syncs a file, so it is done on a thread that may block.
         let (book, learning) = (self.book.clone(), starts.clone());
         let learned = tokio::task::spawn_blocking(move || book.learn(directory, &learning)).await;
         match learned {
@@ -212,6 +216,7 @@ impl PeerDirectories {
                 number: missing_start.number,
             };
         }
+
         let mut reported = self.reported.lock();
         if reported.len() >= REPORTED_MAX {
             reported.clear();

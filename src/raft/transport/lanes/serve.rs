@@ -160,6 +160,8 @@ where
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
+
+        // Told with replies that go out anyway, because there is no other way to reach this peer.
         if !this.out.is_empty()
             && this
                 .peer
@@ -167,6 +169,7 @@ where
         {
             wire::encode_reply(&mut this.out, CANNOT_CONNECT_SEQUENCE, &PeerReply::Noted);
         }
+
         match (this.out.is_empty(), this.ended) {
             (false, _) => Poll::Ready(Some(this.out.split().freeze())),
             (true, true) => Poll::Ready(None),
@@ -313,6 +316,7 @@ impl<I> LaneServer<I> {
                     Ok((peer, hello.from_directory, starts))
                 },
             );
+
             match greeted {
                 Ok((peer, directory, Some(starts))) => {
                     match self.registry.identity().peer_directories().cloned() {
@@ -330,6 +334,7 @@ impl<I> LaneServer<I> {
             }
             return;
         }
+
         let sequence = frame.sequence;
         let begun = match frame.request() {
             Ok((header, request, tail)) => {
@@ -349,6 +354,7 @@ impl<I> LaneServer<I> {
                 Err(PeerRefusal::Unreadable)
             }
         };
+
         match begun {
             // Not subject to tokio's budget: tokio makes a task that has done much wait, and wakes
             // the one that waited last first. Appends would overtake one another on their way to
@@ -393,6 +399,7 @@ impl<I> LaneServer<I> {
         let Some(theirs) = lease_timings.filter(|theirs| *theirs != own) else {
             return Ok(());
         };
+
         let fits = own.fits(&theirs);
         let what = if fits {
             "does not keep time with this node"
@@ -405,6 +412,7 @@ impl<I> LaneServer<I> {
             "{peer} {what}: it runs {theirs}, and this node {own}; give all nodes the same \
              --lease-reads and --timing-factor"
         );
+
         if fits {
             Ok(())
         } else {
