@@ -190,7 +190,6 @@ impl Scout {
         let asked = voters
             .into_iter()
             .filter(|(_, node)| *node != self.member.node);
-        join_all(asked.map(|(replica, node)| group.ask_for_successor(replica, node, deadline)))
-            .await;
+        join_all(asked.map(|(replica, node)| group.discover_leader(replica, node, deadline))).await;
     }
 }

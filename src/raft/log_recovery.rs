@@ -1,4 +1,4 @@
-//! [`fit_log`]: checks that the log of a replica and what it has applied belong together, before
+//! [`recover_log`]: checks that the log of a replica and what it has applied belong together, before
 //! the replica opens.
 //!
 //! A map is written to disk only when the log is durable through what it holds. So a log that ends
@@ -24,7 +24,7 @@ use crate::types::LogId;
 /// # Errors
 ///
 /// If the log was purged past what is applied, or is not the one that was applied.
-pub async fn fit_log(
+pub async fn recover_log(
     key: ReplicaKey,
     log: &ReplicaLog,
     store: &ReplicaStore,

@@ -11,7 +11,7 @@ use openraft::error::{ClientWriteError, RaftError};
 use super::errors::MembershipError;
 use super::replica::Replica;
 use super::types::{GroupMember, Types};
-use crate::types::{NodeId, ReplicaId};
+use crate::types::{NodeId, ReplicaId, ReplicaKind};
 
 /// Time that a change may take. It takes a commit or two.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -28,7 +28,7 @@ impl Replica {
             replica,
             GroupMember {
                 node,
-                is_witness: false,
+                kind: ReplicaKind::Data,
             },
         )
         .await
@@ -45,7 +45,7 @@ impl Replica {
             replica,
             GroupMember {
                 node,
-                is_witness: true,
+                kind: ReplicaKind::Witness,
             },
         )
         .await

@@ -24,7 +24,7 @@ use super::election::step_down::ReplicaPosition;
 use super::election::timer;
 use super::errors::OpenError;
 use super::fair_budget::RaftBudgets;
-use super::log_recovery::fit_log;
+use super::log_recovery::recover_log;
 use super::replica::Replica;
 use super::replica_store::ReplicaStore;
 use super::timings::RaftTimings;
@@ -219,14 +219,14 @@ impl Registry {
     }
 
     /// Calls `visit`, which must be quick, with each live replica.
-    pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Replica>)) {
+    pub(super) fn for_each_replica(&self, visit: impl FnMut(&Arc<Replica>)) {
         self.groups.read().values().for_each(visit);
     }
 
     /// Returns the positions of every replica of this node, witnesses too.
     pub fn progress(&self) -> Vec<ReplicaPosition> {
         let mut all = Vec::new();
-        self.with_groups(|group| all.push(group.progress()));
+        self.for_each_replica(|group| all.push(group.progress()));
         all
     }
 
@@ -254,7 +254,7 @@ impl Registry {
     /// Notes that a lane from this peer broke.
     pub(super) fn on_lane_down(&self, node: NodeId) {
         if !self.closing.load(Ordering::Relaxed) && self.liveness.on_lane_down(node) {
-            self.with_groups(|group| group.on_leader_disconnected(node));
+            self.for_each_replica(|group| group.on_leader_disconnected(node));
         }
     }
 
@@ -332,16 +332,11 @@ impl Registry {
 
         // A replica never changes its kind: a witness lacks the data that the other kind is counted
         // on for.
-        let found = if store.witness().is_some() {
-            ReplicaKind::Witness
-        } else {
-            ReplicaKind::Data
-        };
-        if kind.is_some_and(|kind| kind != found) {
+        if kind.is_some_and(|kind| kind != store.kind()) {
             return Err(OpenError::OtherKind(key));
         }
 
-        fit_log(key, &log, &store).await?;
+        recover_log(key, &log, &store).await?;
         let group = Replica::open(self.context.clone(), log, store).await?;
 
         if group.is_witness() {
@@ -369,7 +364,7 @@ impl Registry {
             let Some(registry) = registry.upgrade() else {
                 return false;
             };
-            registry.with_groups(|group| {
+            registry.for_each_replica(|group| {
                 if let Some(pause) = pause {
                     group.timer.skip_pause(pause);
                 }

@@ -40,7 +40,7 @@ use crate::sm::disk_level::DiskLevel;
 use crate::storage::ReplicaKey;
 use crate::storage::log::ReplicaLog;
 use crate::storage::map::ReplicaMap;
-use crate::types::{NodeId, ReplicaId};
+use crate::types::{NodeId, ReplicaId, ReplicaKind};
 
 /// One replica of one group.
 pub struct Replica {
@@ -84,7 +84,7 @@ impl Replica {
     ) -> Result<Arc<Self>, OpenError> {
         let key = log.key();
         let timings = context.timings.clone();
-        let is_witness = store.witness().is_some();
+        let kind = store.kind();
         let config = timings
             .config(key)
             .map_err(|error| OpenError::Timings(error.to_string()))?;
@@ -161,7 +161,7 @@ impl Replica {
             inbox: SnapshotInbox::default(),
             network,
             freshness: Freshness::default(),
-            timer: ElectionTimer::new(&timings, is_witness),
+            timer: ElectionTimer::new(&timings, kind),
             advertised_purge_index: AtomicU64::new(0),
             frames: Arc::default(),
             frame_bytes: HeldBytes::default(),
@@ -185,7 +185,7 @@ impl Replica {
     /// Returns true if this replica keeps the log and no map. The registry hands none of these out
     /// as a `Replica`.
     pub(super) fn is_witness(&self) -> bool {
-        self.apply_state.store.witness().is_some()
+        self.apply_state.store.kind() == ReplicaKind::Witness
     }
 
     pub fn key(&self) -> ReplicaKey {
@@ -215,7 +215,7 @@ impl Replica {
                     *id,
                     GroupMember {
                         node: *node,
-                        is_witness: false,
+                        kind: ReplicaKind::Data,
                     },
                 )
             })

@@ -5,6 +5,7 @@ use super::witness_store::WitnessStore;
 use crate::storage::ReplicaKey;
 use crate::storage::map::{Applied, ReplicaMap};
 use crate::storage::snapshot::Snapshot;
+use crate::types::ReplicaKind;
 
 /// The state that a replica keeps of the entries that it applies.
 pub enum ReplicaStore {
@@ -18,6 +19,13 @@ impl ReplicaStore {
         match self {
             ReplicaStore::Map(state) => state.key(),
             ReplicaStore::Witness(state) => state.key(),
+        }
+    }
+
+    pub fn kind(&self) -> ReplicaKind {
+        match self {
+            ReplicaStore::Map(_) => ReplicaKind::Data,
+            ReplicaStore::Witness(_) => ReplicaKind::Witness,
         }
     }
 

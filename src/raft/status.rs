@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::types::{StoredMembership, from_raft};
 use crate::storage::ReplicaKey;
-use crate::types::{LogId, NodeId, ReplicaId};
+use crate::types::{LogId, NodeId, ReplicaId, ReplicaKind};
 
 /// The role of a replica in its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,7 +184,7 @@ impl From<&StoredMembership> for GroupMembership {
         let voter_ids: BTreeSet<ReplicaId> = stored.voter_ids().collect();
         let witnesses = stored
             .nodes()
-            .filter(|(_, member)| member.is_witness)
+            .filter(|(_, member)| member.kind == ReplicaKind::Witness)
             .map(|(replica, _)| *replica)
             .collect();
         let members = stored

@@ -18,7 +18,7 @@ use crate::sm::cluster::meta;
 use crate::sm::ports::StoreError;
 use crate::sm::{codec, kv};
 use crate::storage::log::{self, LogPayload};
-use crate::types::{LogId, NodeId, ReplicaId};
+use crate::types::{LogId, NodeId, ReplicaId, ReplicaKind};
 
 /// The types that openraft is instantiated with.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,15 +83,17 @@ pub enum ApplyOutcome {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupMember {
     pub node: NodeId,
-    /// True for a replica that keeps the log and no map.
-    pub is_witness: bool,
+    pub kind: ReplicaKind,
 }
 
 impl GroupMember {
     /// Returns the node that clients should be sent to if this member leads; None for a witness,
     /// which serves nobody.
     pub fn serving_node(&self) -> Option<NodeId> {
-        (!self.is_witness).then_some(self.node)
+        match self.kind {
+            ReplicaKind::Data => Some(self.node),
+            ReplicaKind::Witness => None,
+        }
     }
 }
 
@@ -205,7 +207,7 @@ pub fn decode_stored_membership(bytes: &[u8]) -> Result<StoredMembership, StoreE
 fn record(membership: &RaftMembership) -> (MembershipRecord, Witnesses) {
     let witnesses = membership
         .nodes()
-        .filter(|(_, member)| member.is_witness)
+        .filter(|(_, member)| member.kind == ReplicaKind::Witness)
         .map(|(replica, _)| *replica)
         .collect();
     let record = MembershipRecord {
@@ -227,7 +229,10 @@ fn membership(
             id,
             GroupMember {
                 node,
-                is_witness: witnesses.contains(&id),
+                kind: match witnesses.contains(&id) {
+                    true => ReplicaKind::Witness,
+                    false => ReplicaKind::Data,
+                },
             },
         )
     };
@@ -277,7 +282,7 @@ mod tests {
                 ReplicaId(replica),
                 GroupMember {
                     node: NodeId(node),
-                    is_witness: false,
+                    kind: ReplicaKind::Data,
                 },
             )
         };
@@ -313,7 +318,10 @@ mod tests {
                 ReplicaId(replica),
                 GroupMember {
                     node: NodeId(node),
-                    is_witness: replica == 3,
+                    kind: match replica {
+                        3 => ReplicaKind::Witness,
+                        _ => ReplicaKind::Data,
+                    },
                 },
             )
         };

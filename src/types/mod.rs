@@ -99,9 +99,10 @@ impl GroupId {
 }
 
 /// The two kinds of replicas of a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ReplicaKind {
     /// Keeps the log and the data that it applies.
+    #[default]
     Data,
     /// Keeps the log alone: it votes, and serves nobody.
     Witness,

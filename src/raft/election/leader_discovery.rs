@@ -16,7 +16,7 @@ use crate::types::{NodeId, ReplicaId};
 impl Replica {
     /// Asks another voter for its vote, and follows the leader of a later term that it names, as if
     /// that had sent a heartbeat. Returns true if there is one.
-    pub async fn ask_for_successor(
+    pub async fn discover_leader(
         &self,
         replica: ReplicaId,
         node: NodeId,

@@ -21,6 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use crate::raft::runtime::Random;
 use crate::raft::status::Role;
 use crate::raft::timings::RaftTimings;
+use crate::types::ReplicaKind;
 
 /// Decides when a replica has to do something of its own accord.
 pub struct ElectionTimer {
@@ -131,7 +132,7 @@ impl ElectionTimer {
     /// ([`ElectionTimer::on_older_log_refused`]), because the others need what it has. Otherwise it
     /// leaves replicas that can serve much time to campaign first, but not forever: one of them may
     /// have a vote without knowing it, if it lacks the entry that says so.
-    pub fn new(timings: &RaftTimings, is_witness: bool) -> Self {
+    pub fn new(timings: &RaftTimings, kind: ReplicaKind) -> Self {
         assert!(
             timings.heartbeat_ms < timings.election_ms_min
                 && timings.election_ms_min <= timings.election_ms_max,
@@ -143,10 +144,9 @@ impl ElectionTimer {
             Duration::from_millis(timings.election_ms_max),
         );
 
-        let patience = if is_witness {
-            timings.witness_patience()
-        } else {
-            Duration::ZERO
+        let patience = match kind {
+            ReplicaKind::Witness => timings.witness_patience(),
+            ReplicaKind::Data => Duration::ZERO,
         };
         // The replica may have granted a lease before it was restarted, without knowing.
         let from = now + timings.forgotten_lease();
@@ -353,7 +353,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn followers_campaign_after_lease_and_timeout_and_again_after_a_timeout() {
-        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        let timer = ElectionTimer::new(&RaftTimings::default(), ReplicaKind::Data);
         let (first, due) = wait(&timer, ElectionRole::Voter).await;
         assert_eq!(due, TimerAction::Campaign);
         assert!((210..=430).contains(&first), "the first after {first} ms");
@@ -374,7 +374,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_witness_campaigns_late_or_when_it_has_refused_an_older_log() {
-        let timer = ElectionTimer::new(&RaftTimings::default(), true);
+        let timer = ElectionTimer::new(&RaftTimings::default(), ReplicaKind::Witness);
         timer.on_leader_message(1);
         let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
@@ -398,7 +398,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn leaders_beat_and_an_only_voter_does_not_wait() {
-        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        let timer = ElectionTimer::new(&RaftTimings::default(), ReplicaKind::Data);
         assert_eq!(
             wait(&timer, ElectionRole::OnlyVoter).await,
             (0, TimerAction::Campaign)
@@ -415,7 +415,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_leader_that_has_just_ended_is_not_waited_for() {
-        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        let timer = ElectionTimer::new(&RaftTimings::default(), ReplicaKind::Data);
         timer.on_leader_message(1);
         timer.on_leader_disconnected(0);
         let (first, due) = wait(&timer, ElectionRole::Voter).await;
@@ -434,7 +434,7 @@ mod tests {
         timer.on_leader_message(1);
         let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(silent_ms >= 630, "after {silent_ms} ms of silence");
-        let witness = ElectionTimer::new(&RaftTimings::default(), true);
+        let witness = ElectionTimer::new(&RaftTimings::default(), ReplicaKind::Witness);
         witness.on_leader_message(1);
         witness.on_leader_disconnected(0);
         let (late, _) = wait(&witness, ElectionRole::Voter).await;
@@ -446,7 +446,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_time_that_a_node_did_not_run_is_no_silence() {
-        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        let timer = ElectionTimer::new(&RaftTimings::default(), ReplicaKind::Data);
         timer.on_leader_message(1);
         tokio::time::advance(Duration::from_millis(300)).await;
         // It is stopped for longer than any timeout, and does not know yet that the leader has
@@ -473,7 +473,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_leader_whose_words_come_late_is_waited_for_longer_for_a_while() {
-        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        let timer = ElectionTimer::new(&RaftTimings::default(), ReplicaKind::Data);
         for _ in 0..3 {
             timer.on_leader_message(1);
             tokio::time::advance(Duration::from_millis(600)).await;
@@ -537,7 +537,7 @@ mod tests {
             lease: LeaseReads::On { drift_ms: 100 },
             ..RaftTimings::default()
         };
-        let timer = ElectionTimer::new(&timings, false);
+        let timer = ElectionTimer::new(&timings, ReplicaKind::Data);
         timer.on_vote_granted();
         let (first, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(first >= 730, "the first after {first} ms");

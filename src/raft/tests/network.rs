@@ -30,7 +30,7 @@ use crate::raft::transport::{
 use crate::raft::types::{GroupMember, Types, entry_to_raft, to_raft, vote_to_raft};
 use crate::storage::log::{LogEntry, LogPayload, Vote};
 use crate::supervisor::Supervisor;
-use crate::types::{LogId, NodeId, ReplicaId};
+use crate::types::{LogId, NodeId, ReplicaId, ReplicaKind};
 
 /// A peer that gives these answers, one to each frame.
 struct Scripted(Arc<Mutex<VecDeque<AppendReply>>>);
@@ -268,7 +268,7 @@ async fn told(lane: Lane, appends: &[u64], script: &[AppendReply]) -> Vec<String
     network.tip.set(appends.iter().max().copied());
     let member = GroupMember {
         node: NodeId(2),
-        is_witness: false,
+        kind: ReplicaKind::Data,
     };
     let mut client = match lane {
         Lane::Log => network.new_client(ReplicaId(2), &member).await,
@@ -302,7 +302,7 @@ async fn what_was_acknowledged_is_not_missing_later() {
     network.tip.set(Some(9));
     let member = GroupMember {
         node: NodeId(2),
-        is_witness: false,
+        kind: ReplicaKind::Data,
     };
     let mut client = network.new_client(ReplicaId(2), &member).await;
     let mut told = Vec::new();
@@ -404,7 +404,7 @@ async fn no_result_speaks_for_a_request_that_is_not_answered() {
             ReplicaId(2),
             &GroupMember {
                 node: NodeId(2),
-                is_witness: false,
+                kind: ReplicaKind::Data,
             },
         )
         .await;
@@ -503,7 +503,7 @@ async fn gets_through(megabits: u64, mebibytes: &[usize]) -> bool {
     network.tip.set(Some(last));
     let member = GroupMember {
         node: NodeId(2),
-        is_witness: false,
+        kind: ReplicaKind::Data,
     };
     let mut client = network.new_client(ReplicaId(2), &member).await;
     let appends: Vec<_> = (5..)
@@ -550,7 +550,7 @@ async fn an_answer_about_a_snapshot_is_told_when_it_can_renew_no_lease_any_more(
 
     let member = GroupMember {
         node: NodeId(2),
-        is_witness: true,
+        kind: ReplicaKind::Witness,
     };
     let vote = vote_to_raft(&Vote {
         term: 1,
