@@ -66,7 +66,7 @@ impl ShardMap {
         Self {
             cluster: view.cluster,
             version: view.version,
-            layout: view.asked.layout,
+            layout: view.placement.layout,
             slots: view.slots.clone(),
             owners: owners(&view.slots),
             shards: shards.collect(),

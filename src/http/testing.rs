@@ -558,7 +558,7 @@ impl Store for FakeStore {
         let View {
             nodes,
             groups,
-            asked,
+            placement: asked,
             slots,
             ..
         } = self.state.lock().view();
@@ -587,7 +587,7 @@ impl Store for FakeStore {
             term: None,
             keys: None,
             bytes: None,
-            slots: slots.of(*id).count() as u64,
+            slots: slots.slots_of(*id).count() as u64,
             replicas: group.replicas.iter().map(replica).collect(),
             witness: None,
             alarm: None,

@@ -261,7 +261,7 @@ impl Access {
     async fn refused(&self, group: &Replica, write: &kv::Write) -> Option<kv::WriteRejection> {
         let (view, shard) = (self.member.view(), group.key().group);
         let moves = |held: &SlotMove| held.from == shard || held.to == shard;
-        let stays = view.groups.get(&shard).is_some_and(|of| !of.ends);
+        let stays = view.groups.get(&shard).is_some_and(|group| !group.draining);
         if stays && !view.moves.values().any(moves) {
             return None;
         }

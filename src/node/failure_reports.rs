@@ -62,7 +62,7 @@ pub fn failing_replicas(view: &View, told: &Told) -> BTreeMap<(GroupId, ReplicaI
     let here =
         all.filter(|(node, replica)| view.node_of(replica.group, replica.replica) == Some(*node));
     let failing = here.map(|(_, replica)| {
-        let is_of_the_node = replica.cause.is_of_the_node();
+        let is_of_the_node = replica.cause.is_node_failure();
         let failing = Failing {
             for_ms: replica.for_ms,
             is_of_the_node,
@@ -75,7 +75,7 @@ pub fn failing_replicas(view: &View, told: &Told) -> BTreeMap<(GroupId, ReplicaI
 /// Returns the nodes on which replicas fail for a reason that is the node's.
 pub fn failing_nodes(told: &Told) -> BTreeSet<NodeId> {
     let fails =
-        |failed: &Vec<FailedReplica>| failed.iter().any(|replica| replica.cause.is_of_the_node());
+        |failed: &Vec<FailedReplica>| failed.iter().any(|replica| replica.cause.is_node_failure());
     told.iter()
         .filter(|(_, failed)| fails(failed))
         .map(|(node, _)| *node)

@@ -425,7 +425,7 @@ fn of_view(view: &View) -> Vec<Family> {
             "quorate_view_slots_astray",
             Gauge,
             "Slots that are to move.",
-            view.astray().count() as f64,
+            view.misplaced_slots().count() as f64,
         ),
     ]
 }

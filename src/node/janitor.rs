@@ -106,10 +106,11 @@ impl Janitor {
         } else {
             self.log_bytes
         };
-        let space = LogSpace::of(log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
+        let space =
+            LogSpace::for_snapshots(log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
         let pinned: HashMap<ReplicaKey, Held> = self
             .log
-            .pinning()
+            .segments_pinned_by()
             .into_iter()
             .map(|pin| (pin.key, Held::of(space, pin.held_bytes)))
             .collect();

@@ -748,7 +748,7 @@ impl Member {
             epoch: view.epoch,
             version: view.version,
             level: view.level,
-            asked: view.asked,
+            asked: view.placement,
             answered_by: self.node,
             meta_leader: self
                 .registry
@@ -757,7 +757,7 @@ impl Member {
             nodes: nodes.collect(),
             shards: shards.collect(),
             moves: moves.collect(),
-            slots_astray: view.astray().count() as u64,
+            slots_astray: view.misplaced_slots().count() as u64,
             settled: view.is_settled(),
             slots: view.slots.clone(),
         }
@@ -923,7 +923,7 @@ fn describe_shard(
         term: leading.map(|(_, hosted)| hosted.term),
         keys: newest.map(|hosted| hosted.keys),
         bytes: newest.map(|hosted| hosted.bytes),
-        slots: view.slots.of(id).count() as u64,
+        slots: view.slots.slots_of(id).count() as u64,
         replicas: replicas.collect(),
         witness,
         alarm: leading
@@ -976,7 +976,7 @@ mod tests {
         let views = Views::new(first.clone());
         let mut running = next(&first, 1, 1);
         let shard = running.groups.get_mut(&GroupId(1)).expect("a shard");
-        shard.ends = true;
+        shard.draining = true;
         assert!(first.is_settled() && !running.is_settled());
         let taken_over = View {
             groups: first.groups.clone(),

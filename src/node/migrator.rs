@@ -116,7 +116,9 @@ impl Migrator {
             if self.sources.0 != view.version {
                 self.sources = (
                     view.version,
-                    view.astray().map(|slot| view.slots.owner(slot)).collect(),
+                    view.misplaced_slots()
+                        .map(|slot| view.slots.owner(slot))
+                        .collect(),
                 );
                 // A move that was taken back leaves something at its destination.
                 let destinations = view.moves.values().map(|open| open.to).collect();
@@ -451,7 +453,7 @@ impl Shared {
         let Some(contents) = contents else {
             return Err(Hitch::Later("the move is not frozen here yet".into()));
         };
-        let step = MoveCommand::Complete { chunk, contents }.of(of.id, &of.slots);
+        let step = MoveCommand::Complete { chunk, contents }.into_command(of.id, &of.slots);
         self.send(group, of, MoveSide::Destination, step, drive)
             .await
     }
@@ -496,7 +498,7 @@ impl Shared {
                     of.from,
                     of.to
                 );
-                let abort = MoveCommand::Abort.of(of.id, &of.slots);
+                let abort = MoveCommand::Abort.into_command(of.id, &of.slots);
                 group
                     .propose_command(abort, Instant::now() + STEP_TIMEOUT)
                     .await?;
@@ -564,7 +566,9 @@ impl Shared {
     fn has_more_to_move(&self, shard: GroupId) -> bool {
         let view = self.member.view();
         view.moves.values().any(|open| open.from == shard)
-            || view.astray().any(|slot| view.slots.owner(slot) == shard)
+            || view
+                .misplaced_slots()
+                .any(|slot| view.slots.owner(slot) == shard)
     }
 
     /// Deletes, step by step, what moves that have ended have left in the shard's map; until there
@@ -587,7 +591,7 @@ impl Shared {
             let step = MoveCommand::Clear {
                 limit: CLEAR_KEYS_MAX,
             }
-            .of(id, &slots);
+            .into_command(id, &slots);
             wait_ample_room(group, &step).await;
             let begun = Instant::now();
             match group
@@ -622,7 +626,10 @@ async fn next_slots(
     let states: BTreeMap<Slot, SlotState> = states.into_iter().collect();
     let mut chosen: Option<(GroupId, BTreeSet<Slot>)> = None;
     let mut bytes = 0;
-    for slot in view.astray().filter(|slot| view.slots.owner(*slot) == from) {
+    for slot in view
+        .misplaced_slots()
+        .filter(|slot| view.slots.owner(*slot) == from)
+    {
         let to = view.targets.owner(slot);
         let held = states.get(&slot).map_or(0, |state| state.contents.bytes);
         match &mut chosen {

@@ -282,12 +282,12 @@ impl Operator {
         let wanted = self.identify(view, change).await?;
         // A node that is out of reach now is not given anything again.
         let out: BTreeSet<NodeId> = view
-            .out
+            .evicted
             .iter()
             .filter(|id| !self.is_in_reach(**id))
             .copied()
             .collect();
-        plan(view, merged(view.asked, change), &wanted, &out).map_err(|error| {
+        plan(view, merged(view.placement, change), &wanted, &out).map_err(|error| {
             ViewChangeFailure::Refused {
                 reason: error.to_string(),
             }
@@ -375,7 +375,7 @@ impl Operator {
             None if id < view.epoch => return over(Phase::Superseded),
             None => {}
         }
-        let slots_left = view.astray().count() as u64;
+        let slots_left = view.misplaced_slots().count() as u64;
         let bytes_left = bytes_to_move(view, &view.targets, status);
         let rate = self.rate(id, bytes_left);
         ChangeInProgress {
@@ -417,13 +417,13 @@ impl Operator {
                 .filter_map(|(_, node)| view.nodes.get(&node))
                 .map(|node| node.address.to_string())
                 .collect();
-            reasons.push(match (silent.is_empty(), group.ends) {
+            reasons.push(match (silent.is_empty(), group.draining) {
                 (false, _) => format!("{name}: no sign of {}", silent.join(", ")),
                 (true, true) => format!("{name}: its slots move away"),
                 (true, false) => format!("{name}: its replicas change"),
             });
         }
-        let slots = view.astray().count();
+        let slots = view.misplaced_slots().count();
         if slots > 0 {
             reasons.push(format!(
                 "{slots} slots to move, {} under way",
@@ -517,7 +517,7 @@ fn bytes_to_move(view: &View, targets: &view::SlotTable, status: &ClusterStatus)
     let mut bytes = 0;
     for (id, _) in view.shards() {
         let (mut owned, mut leaving) = (0u64, 0u64);
-        for slot in view.slots.of(id) {
+        for slot in view.slots.slots_of(id) {
             owned += 1;
             leaving += u64::from(targets.owner(slot) != id);
         }
@@ -542,7 +542,7 @@ fn compare(view: &View, planned: &Planned, status: &ClusterStatus) -> PlannedCha
     };
     let shards = |of: &View| -> BTreeSet<_> {
         of.shards()
-            .filter(|(_, group)| !group.ends)
+            .filter(|(_, group)| !group.draining)
             .map(|(id, _)| id)
             .collect()
     };

@@ -548,7 +548,7 @@ impl Reconciler {
         .collect();
         let missing: Vec<Slot> = view
             .slots
-            .of(shard)
+            .slots_of(shard)
             .filter(|slot| !held.contains(slot))
             .collect();
         if missing.is_empty() {

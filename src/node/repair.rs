@@ -210,8 +210,8 @@ impl Repair {
                 .map(|node| node.address.to_string())
                 .collect()
         };
-        let out = named(&mut next.out.difference(&view.out));
-        let back = named(&mut view.out.difference(&next.out));
+        let out = named(&mut next.evicted.difference(&view.evicted));
+        let back = named(&mut view.evicted.difference(&next.evicted));
         let lost = named(&mut next.leaving.difference(&view.leaving));
         let epoch = next.epoch;
         let command = meta::MetaCommand::InstallPlan {

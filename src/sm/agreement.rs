@@ -26,9 +26,11 @@ pub enum AgreementVerdict {
 /// answered.
 pub fn is_majority_of_one_mind<D: Ord>(
     members: &BTreeSet<ReplicaId>,
-    told: &BTreeMap<ReplicaId, D>,
+    digests: &BTreeMap<ReplicaId, D>,
 ) -> bool {
-    let told = told.iter().filter(|(replica, _)| members.contains(replica));
+    let told = digests
+        .iter()
+        .filter(|(replica, _)| members.contains(replica));
     let mut minds: BTreeMap<&D, usize> = BTreeMap::new();
     for (_, digest) in told {
         *minds.entry(digest).or_default() += 1;

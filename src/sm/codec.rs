@@ -141,7 +141,7 @@ pub fn decode_charged<T: DeserializeOwned>(
     };
     let metered = MeteredBytes {
         rest: split(bytes, FORMAT, what)?.1,
-        owed: 0,
+        uncharged_bytes: 0,
         charge,
     };
     let mut deserializer = postcard::Deserializer::from_flavor(metered);
@@ -159,18 +159,18 @@ pub fn decode_charged<T: DeserializeOwned>(
 struct MeteredBytes<'de> {
     rest: &'de [u8],
     /// Bytes that may have been allocated and are not charged yet.
-    owed: usize,
+    uncharged_bytes: usize,
     charge: &'de mut dyn FnMut(usize) -> bool,
 }
 
 impl MeteredBytes<'_> {
     fn owe(&mut self, bytes: usize) -> postcard::Result<()> {
-        self.owed += bytes;
-        if self.owed < CHARGE_STEP_BYTES {
+        self.uncharged_bytes += bytes;
+        if self.uncharged_bytes < CHARGE_STEP_BYTES {
             return Ok(());
         }
-        let owed = std::mem::take(&mut self.owed);
-        if (self.charge)(owed) {
+        let bytes = std::mem::take(&mut self.uncharged_bytes);
+        if (self.charge)(bytes) {
             Ok(())
         } else {
             Err(postcard::Error::SerdeDeCustom)

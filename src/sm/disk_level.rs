@@ -29,8 +29,8 @@ impl DiskRoom {
     };
 
     /// Returns below how many free bytes writes are refused; `asked` is what the operator said.
-    pub fn reserve_bytes(self, asked: Option<u64>) -> u64 {
-        asked.unwrap_or_else(|| RESERVE_BYTES.min(self.total_bytes / RESERVE_PART))
+    pub fn reserve_bytes(self, requested: Option<u64>) -> u64 {
+        requested.unwrap_or_else(|| RESERVE_BYTES.min(self.total_bytes / RESERVE_PART))
     }
 }
 

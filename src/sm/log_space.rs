@@ -32,7 +32,7 @@ pub struct LogSpace {
 impl LogSpace {
     /// Returns that of a node which was asked to keep `log_bytes`, and has snapshot files of these
     /// sizes.
-    pub fn of(log_bytes: u64, snapshots: impl IntoIterator<Item = u64>) -> Self {
+    pub fn for_snapshots(log_bytes: u64, snapshots: impl IntoIterator<Item = u64>) -> Self {
         let (mut bytes, mut cost) = (0u64, 0u64);
         for snapshot in snapshots {
             bytes = bytes.saturating_add(snapshot);
@@ -73,7 +73,7 @@ mod tests {
     #[test]
     fn a_log_is_bounded_for_the_node_whatever_the_number_of_its_replicas() {
         for replicas in [1, 3, 100, 1000] {
-            let space = LogSpace::of(256 * MIB, vec![1000; replicas]);
+            let space = LogSpace::for_snapshots(256 * MIB, vec![1000; replicas]);
             assert_eq!(space.bytes_max, 256 * MIB, "{replicas} replicas");
             assert!(space.pinned_bytes_max <= 128 * MIB, "{replicas} replicas");
         }
@@ -82,7 +82,7 @@ mod tests {
     #[test]
     fn small_snapshots_come_sooner_and_large_ones_let_the_log_grow() {
         let of = |snapshots: &[u64]| {
-            let space = LogSpace::of(256 * MIB, snapshots.iter().map(|mib| mib * MIB));
+            let space = LogSpace::for_snapshots(256 * MIB, snapshots.iter().map(|mib| mib * MIB));
             (space.bytes_max / MIB, space.pinned_bytes_max / MIB)
         };
         assert_eq!(of(&[]), (256, 64));
@@ -91,14 +91,14 @@ mod tests {
         assert_eq!(of(&[300, 200]), (500, 250));
         assert_eq!(of(&[100_000]), (2048, 1024));
         assert_eq!(
-            LogSpace::of(u64::MAX, [u64::MAX, u64::MAX]).bytes_max,
+            LogSpace::for_snapshots(u64::MAX, [u64::MAX, u64::MAX]).bytes_max,
             u64::MAX
         );
     }
 
     #[test]
     fn members_that_are_behind_hold_back_a_bounded_amount() {
-        let space = LogSpace::of(256 * MIB, []);
+        let space = LogSpace::for_snapshots(256 * MIB, []);
         assert!(!space.is_spent_by(320 * MIB));
         assert!(space.is_spent_by(321 * MIB));
     }

@@ -97,7 +97,7 @@ pub struct ValueStart {
 
 impl ValueStart {
     /// Returns the first `bytes_max` bytes of `value`, and its length.
-    pub fn of(value: &Bytes, bytes_max: usize) -> Self {
+    pub fn from_value(value: &Bytes, bytes_max: usize) -> Self {
         Self {
             start: value.slice(..value.len().min(bytes_max)),
             len: value.len(),
@@ -251,7 +251,7 @@ impl<R: Read> Read for Overlay<'_, R> {
         match self.batch.get(key) {
             Some(change) => Ok(change
                 .as_ref()
-                .map(|value| ValueStart::of(value, bytes_max))),
+                .map(|value| ValueStart::from_value(value, bytes_max))),
             None => self.base.start_of(key, bytes_max),
         }
     }
@@ -268,7 +268,7 @@ impl<R: Read> Read for Overlay<'_, R> {
         direction: Direction,
         bytes_max: usize,
     ) -> Items<'a, ValueStart> {
-        let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
+        let start = move |value: &Bytes| ValueStart::from_value(value, bytes_max);
         self.layered(range, direction, start, |base| {
             base.scan_starts(range, direction, bytes_max)
         })
@@ -329,7 +329,7 @@ impl Read for BTreeMap<Bytes, Bytes> {
     }
 
     fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
-        Ok(BTreeMap::get(self, key).map(|value| ValueStart::of(value, bytes_max)))
+        Ok(BTreeMap::get(self, key).map(|value| ValueStart::from_value(value, bytes_max)))
     }
 
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
@@ -358,7 +358,9 @@ impl Read for BTreeMap<Bytes, Bytes> {
 /// Returns what [`Read::scan_starts`] gives, of pairs that are in memory anyway.
 pub fn starts(pairs: Pairs<'_>, bytes_max: usize) -> Items<'_, ValueStart> {
     Box::new(
-        pairs.map(move |pair| pair.map(|(key, value)| (key, ValueStart::of(&value, bytes_max)))),
+        pairs.map(move |pair| {
+            pair.map(|(key, value)| (key, ValueStart::from_value(&value, bytes_max)))
+        }),
     )
 }
 
@@ -437,7 +439,7 @@ mod tests {
                     .scan(&KeyRange::all(), direction)
                     .map(|pair| pair.expect("readable"));
                 let cut: Vec<_> = pairs
-                    .map(|(key, value)| (key, ValueStart::of(&value, bytes_max)))
+                    .map(|(key, value)| (key, ValueStart::from_value(&value, bytes_max)))
                     .collect();
                 let starts: Result<Vec<_>, _> = overlay
                     .scan_starts(&KeyRange::all(), direction, bytes_max)
@@ -452,13 +454,13 @@ mod tests {
             }
         }
         assert_eq!(overlay.start_of(b"c", 9).expect("readable"), None);
-        let whole = ValueStart::of(&Bytes::from_static(b"above"), 5);
+        let whole = ValueStart::from_value(&Bytes::from_static(b"above"), 5);
         assert_eq!(
             (whole.whole().map(|bytes| &bytes[..]), whole.len),
             (Some(&b"above"[..]), 5)
         );
         assert_eq!(
-            ValueStart::of(&Bytes::from_static(b"above"), 4).whole(),
+            ValueStart::from_value(&Bytes::from_static(b"above"), 4).whole(),
             None
         );
     }

@@ -61,7 +61,7 @@ impl FailureCause {
     }
 
     /// Returns whether a new replica on the same node would meet the same.
-    pub const fn is_of_the_node(self) -> bool {
+    pub const fn is_node_failure(self) -> bool {
         match self {
             FailureCause::Descriptors
             | FailureCause::DiskFull

@@ -343,25 +343,25 @@ impl RequestMemory {
         count_max: usize,
         bytes_max: u64,
     ) -> Result<usize, StoreError> {
-        let before = entry.state(slot)?.requests;
-        if before.bytes == 0 || !expired(before.since_ms, self.now_ms()) {
+        let used = entry.state(slot)?.requests;
+        if used.bytes == 0 || !expired(used.since_ms, self.now_ms()) {
             return Ok(0);
         }
-        let mut gone = Vec::new();
-        let mut left = before;
+        let mut old = Vec::new();
+        let mut left = used;
         let mut oldest = None;
         entry.scan(&expiry_range(slot), |index_key, cost| {
             let (_, time_ms, key) =
                 parse_expiry_key(&index_key).ok_or_else(|| misplaced(&index_key))?;
             if !expired(time_ms, self.now_ms())
-                || (gone.len() >= count_max && left.bytes <= bytes_max)
+                || (old.len() >= count_max && left.bytes <= bytes_max)
             {
                 oldest = Some(time_ms);
                 return Ok(false);
             }
             let cost: u64 = codec::decode(&cost, "the cost of a record")?;
             left.bytes = left.bytes.saturating_sub(cost);
-            gone.push((index_key, key));
+            old.push((index_key, key));
             Ok(true)
         })?;
         let left = match oldest {
@@ -369,8 +369,8 @@ impl RequestMemory {
             None => RequestsUsed::default(),
         };
         entry.state_mut(slot)?.requests = left;
-        let count = gone.len();
-        for (index_key, key) in gone {
+        let count = old.len();
+        for (index_key, key) in old {
             entry.delete(request_key(slot, &key));
             entry.delete(index_key);
         }

@@ -87,14 +87,14 @@ impl Starts {
 
     /// Returns true if a directory with these starts has been through `known`, or may have: nothing
     /// can be said of a start before the oldest.
-    pub fn may_include(&self, known: Start) -> bool {
-        let Some(place) = known.number.checked_sub(self.first) else {
+    pub fn may_include(&self, start: Start) -> bool {
+        let Some(place) = start.number.checked_sub(self.first) else {
             return true;
         };
         let id = usize::try_from(place)
             .ok()
             .and_then(|place| self.ids.get(place));
-        id.is_some_and(|id| *id == known.id)
+        id.is_some_and(|id| *id == start.id)
     }
 }
 
@@ -156,12 +156,12 @@ mod tests {
                 .starts
                 .as_ref()
                 .map_or_else(|| Starts::first(id), |starts| starts.followed_by(id));
-            let (is_disconnected, is_written) = (random.random_bool(0.2), random.random_bool(0.5));
-            if !is_disconnected || is_written {
+            let (is_cut, is_written) = (random.random_bool(0.2), random.random_bool(0.5));
+            if !is_cut || is_written {
                 self.starts = Some(next);
                 self.lineage.insert(id);
             }
-            self.runs = !is_disconnected;
+            self.runs = !is_cut;
         }
 
         /// The first frame between the two. Returns whether the peer takes it.

@@ -107,7 +107,7 @@ impl Meta {
             .collect();
         let mut runs: BTreeMap<(GroupId, GroupId), BTreeSet<Slot>> = BTreeMap::new();
         for slot in view
-            .astray()
+            .misplaced_slots()
             .filter(|slot| !moving.contains(slot))
             .take(count)
         {

@@ -41,7 +41,7 @@ pub struct Stub {
 }
 
 /// Returns whether a value is to be cut: it is large, or would be taken for a stub.
-pub fn is_disconnected(value: &[u8]) -> bool {
+pub fn is_split(value: &[u8]) -> bool {
     value.len() > PIECE_BYTES || value.first() == Some(&MARK)
 }
 
@@ -135,10 +135,10 @@ mod tests {
         }
         let small = Stub::new(1, b"\xff").encode();
         assert!(
-            is_disconnected(b"\xff")
-                && is_disconnected(&small)
-                && is_disconnected(&[0; PIECE_BYTES + 1])
-                && !is_disconnected(&[0; PIECE_BYTES])
+            is_split(b"\xff")
+                && is_split(&small)
+                && is_split(&[0; PIECE_BYTES + 1])
+                && !is_split(&[0; PIECE_BYTES])
         );
         assert_eq!(
             Stub::decode(&small).map(|stub| (stub.len, stub.piece_keys().count())),

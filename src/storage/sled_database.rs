@@ -104,7 +104,7 @@ impl Database {
         let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
         let failure = match condemned {
             Some(reason) => OpenAttempt::Failed(format!("it was condemned: {reason}")),
-            None => match foreign(path, number, options.cluster) {
+            None => match foreign_reason(path, number, options.cluster) {
                 Ok(None) => attempt(path, options, open),
                 Ok(Some(reason)) => OpenAttempt::Failed(reason),
                 Err(source) => OpenAttempt::Refused(source),
@@ -302,7 +302,7 @@ pub(super) fn path_of(path: &Path, number: u64) -> PathBuf {
 }
 
 /// Returns why a database that was begun beside another is none of this cluster.
-fn foreign(path: &Path, number: u64, cluster: ClusterId) -> io::Result<Option<String>> {
+fn foreign_reason(path: &Path, number: u64, cluster: ClusterId) -> io::Result<Option<String>> {
     if number == 0 {
         return Ok(None);
     }
@@ -361,7 +361,7 @@ impl WriteTrust {
     }
 
     /// Returns the error since which nothing is written.
-    pub fn lost_by(&self) -> Option<&str> {
+    pub fn write_error(&self) -> Option<&str> {
         self.lost.get().map(|(_, error)| error.as_str())
     }
 
@@ -370,7 +370,7 @@ impl WriteTrust {
             sled::Error::Io(error) => error.kind(),
             _ => io::ErrorKind::Other,
         };
-        if is_of_the_disk(error) && self.lost.set((kind, error.to_string())).is_ok() {
+        if is_about_disk(error) && self.lost.set((kind, error.to_string())).is_ok() {
             // One handle that is never dropped keeps the database from being closed.
             std::mem::forget(self.db.clone());
         }
@@ -448,7 +448,7 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> OpenAttempt {
     }
     match receiver.recv_timeout(limit) {
         Ok(Ok(Ok(db))) => OpenAttempt::Opened(db),
-        Ok(Ok(Err(sled::Error::Io(error)))) if !is_of_the_files(&error) => {
+        Ok(Ok(Err(sled::Error::Io(error)))) if !is_about_files(&error) => {
             OpenAttempt::Refused(error)
         }
         Ok(Ok(Err(error))) => OpenAttempt::Failed(error.to_string()),
@@ -460,7 +460,7 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> OpenAttempt {
 
 /// Returns true if an error is about the files, and not about the system around them or another
 /// handle that still has them.
-fn is_of_the_files(error: &io::Error) -> bool {
+fn is_about_files(error: &io::Error) -> bool {
     use io::ErrorKind::{
         OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
     };
@@ -473,7 +473,7 @@ fn is_of_the_files(error: &io::Error) -> bool {
 }
 
 /// Returns whether the disk failed, rather than that what is on it makes no sense.
-fn is_of_the_disk(error: &sled::Error) -> bool {
+fn is_about_disk(error: &sled::Error) -> bool {
     use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
     matches!(
         error,

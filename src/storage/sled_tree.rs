@@ -219,11 +219,11 @@ fn in_time<T: Send + 'static>(
             RecvTimeoutError::Timeout => receiver.recv_timeout(more()),
             RecvTimeoutError::Disconnected => Err(error),
         });
-    done.unwrap_or_else(|error| Err(failed(gone(error))))
+    done.unwrap_or_else(|error| Err(failed(unresponsive(error))))
 }
 
 /// Returns what is to be said of a thread in sled that does not answer.
-fn gone(error: RecvTimeoutError) -> io::Error {
+fn unresponsive(error: RecvTimeoutError) -> io::Error {
     match error {
         RecvTimeoutError::Timeout => io::Error::new(
             io::ErrorKind::TimedOut,
@@ -349,7 +349,7 @@ impl Trees for SledTrees {
         let databases = self.databases();
         databases
             .iter()
-            .find_map(|database| database.trust.lost_by().map(str::to_owned))
+            .find_map(|database| database.trust.write_error().map(str::to_owned))
     }
 }
 
@@ -460,7 +460,7 @@ impl SledTree {
     /// A value that is cut has its pieces before its stub, and those of the one before go after it.
     fn change(&self, key: &[u8], change: Option<&[u8]>) -> sled::Result<()> {
         let old = match change {
-            Some(value) if pieces::is_disconnected(value) => {
+            Some(value) if pieces::is_split(value) => {
                 let stub = Stub::new(rand::random(), value);
                 for (key, piece) in stub.piece_keys().zip(value.chunks(pieces::PIECE_BYTES)) {
                     self.tree.insert(key, piece)?;
@@ -558,7 +558,7 @@ impl Tree for SledTree {
                 Err(error) => {
                     return Err(StoreError::Io {
                         context: "walking a tree".into(),
-                        source: gone(error),
+                        source: unresponsive(error),
                     });
                 }
             }

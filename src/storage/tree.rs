@@ -59,7 +59,7 @@ pub trait Tree: Send + Sync {
     fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
         Ok(self
             .get(key)?
-            .map(|value| ValueStart::of(&value, bytes_max)))
+            .map(|value| ValueStart::from_value(&value, bytes_max)))
     }
 
     /// The pairs of `range`, lazily. Not a point in time: what is written meanwhile may show in

@@ -104,7 +104,7 @@ impl Cluster {
             kv::encode_record(&record),
         );
         let group = self.hosts[host].group(self.shard).expect("a replica");
-        group.state().spoil(batch);
+        group.state().corrupt(batch);
     }
 
     /// Takes it away again.
@@ -112,7 +112,7 @@ impl Cluster {
         let mut batch = WriteBatch::default();
         batch.delete(data_key(slot_of(KEY.as_bytes()), b"odd"));
         let group = self.hosts[host].group(self.shard).expect("a replica");
-        group.state().spoil(batch);
+        group.state().corrupt(batch);
     }
 
     /// Ends all hosts and starts them again, with replicas compared so often.

@@ -47,7 +47,7 @@ impl Replica {
         self.ensure_proposes()?;
         self.await_own_term(deadline).await?;
         self.ensure_writable(write.frees())?;
-        if self.context.log.overloaded() {
+        if self.context.log.is_overloaded() {
             return Err(ProposeError::Overloaded {
                 limit: "the log's disk does not keep up".into(),
             });

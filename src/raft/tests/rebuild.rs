@@ -184,7 +184,7 @@ async fn entries_that_a_rebuilt_map_holds_are_not_applied_again() {
         cluster.put(1, "before", "v").await;
         let cut_off = CutOff::of(&cluster).await;
         let follower = &cut_off.follower;
-        follower.state().spoil(odd_value());
+        follower.state().corrupt(odd_value());
         cut_off.hold().await;
 
         for n in 0..entries {

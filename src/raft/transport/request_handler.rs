@@ -70,7 +70,7 @@ impl Replica {
             matches!(request, PeerRequest::Append { entries, .. } if !entries.is_empty());
         let log = &self.context.log;
         let is_full = || log.disk_level() == DiskLevel::Spent && !self.key().group.is_meta();
-        has_entries && (log.overloaded() && self.has_unsynced() || is_full())
+        has_entries && (log.is_overloaded() && self.has_unsynced() || is_full())
     }
 
     async fn answer(

@@ -195,30 +195,30 @@ fn announce(
     now: NodeSpec,
 ) -> Result<Option<View>, MetaRejection> {
     let mut view = view.ok_or(MetaRejection::NotFounded)?;
-    let taken = view
+    let address_holder = view
         .staying()
         .find(|(id, other)| *id != node && other.address == now.address)
         .map(|(id, _)| id);
-    let known = view
+    let current = view
         .nodes
         .get_mut(&node)
         .ok_or(MetaRejection::UnknownNode(node))?;
-    if known.directory != now.directory {
+    if current.directory != now.directory {
         return Err(MetaRejection::OtherDirectory {
             node,
-            directory: known.directory,
+            directory: current.directory,
         });
     }
-    if let Some(by) = taken {
+    if let Some(by) = address_holder {
         return Err(MetaRejection::AddressTaken {
             address: now.address,
             by,
         });
     }
-    if *known == now {
+    if *current == now {
         return Ok(None);
     }
-    *known = now;
+    *current = now;
     view.version.0 += 1;
     Ok(Some(view))
 }
@@ -233,7 +233,7 @@ fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Met
     next.check().map_err(MetaRejection::Inconsistent)?;
     check_successor(&view, &next).map_err(MetaRejection::NotASuccessor)?;
     let mut next = next;
-    next.clear_away();
+    next.prune();
     Ok(next)
 }
 
@@ -261,10 +261,10 @@ fn check_successor(view: &View, next: &View) -> Result<(), PlanViolation> {
         }
     }
     for (id, group) in &view.groups {
-        let Some(of) = next.groups.get(id) else {
+        let Some(successor) = next.groups.get(id) else {
             return Err(PlanViolation::Group(*id));
         };
-        if of.creation != group.creation || of.reported != group.reported {
+        if successor.creation != group.creation || successor.reported != group.reported {
             return Err(PlanViolation::Group(*id));
         }
         if let Some((replica, _)) = group
@@ -301,7 +301,7 @@ fn check_new_ids(view: &View, next: &View) -> Result<(), PlanViolation> {
                 .get(id)
                 .filter(|before| before.leaving.contains_key(&replica));
             was_leaving
-                .is_some_and(|before| group.is_witness(replica) || !before.can_come_back(replica))
+                .is_some_and(|before| group.is_witness(replica) || !before.can_return(replica))
         };
         // Nor does one that has a map become a witness, or the other way round.
         let turned = |replica: ReplicaId| {
@@ -377,7 +377,7 @@ fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Met
             view.slots.set_owner(slot, ended.to);
         }
     }
-    view.clear_away();
+    view.prune();
     view.version.0 += 1;
     Ok(view)
 }
@@ -419,7 +419,7 @@ fn report(
         .leaving
         .retain(|replica, _| reported.is_member(*replica));
     known.reported = Some(reported);
-    view.clear_away();
+    view.prune();
     view.version.0 += 1;
     Ok(Some(view))
 }

@@ -36,10 +36,12 @@ pub fn out_of_reach(
     replace_after_ms: u64,
 ) -> BTreeSet<NodeId> {
     let is_out = |id: &NodeId| match seen.get(id) {
-        Some(NodePresence::Away { for_ms }) => *for_ms >= replace_after_ms || view.out.contains(id),
+        Some(NodePresence::Away { for_ms }) => {
+            *for_ms >= replace_after_ms || view.evicted.contains(id)
+        }
         Some(NodePresence::Lost { to }) => is_fresh(view, *to),
         Some(NodePresence::Here { .. }) => false,
-        None => view.out.contains(id),
+        None => view.evicted.contains(id),
     };
     view.nodes.keys().filter(|id| is_out(id)).copied().collect()
 }
@@ -62,12 +64,12 @@ pub fn next_plan(
             Some(NodePresence::Here { for_ms }) if *for_ms >= replace_after_ms
         )
     };
-    out.extend(view.out.iter().filter(|id| !is_back(id)));
+    out.extend(view.evicted.iter().filter(|id| !is_back(id)));
     let wanted: Vec<NodeSpec> = view
         .staying()
         .map(|(id, node)| successor(view, node, seen.get(&id)))
         .collect();
-    let planned = plan(view, view.asked, &wanted, &out).ok()?;
+    let planned = plan(view, view.placement, &wanted, &out).ok()?;
     (!planned.is_same).then_some(planned)
 }
 
@@ -105,7 +107,7 @@ pub fn replace_failed(
             .get(&(id, replica))
             .is_some_and(|failing| !failing.is_of_the_node && failing.for_ms >= replace_after_ms);
         // Another step of this group is under way: it ends first.
-        has_failed && is_here(seen, node) && group.leaving.is_empty() && !group.ends
+        has_failed && is_reachable(seen, node) && group.leaving.is_empty() && !group.draining
     };
     let mut next = view.clone();
     let mut replaced = Vec::new();
@@ -160,13 +162,15 @@ fn has_able_majority(
     };
     let nodes: BTreeMap<ReplicaId, NodeId> = group.hosted().collect();
     let is_able = |voter: &&ReplicaId| {
-        nodes.get(voter).is_some_and(|node| is_here(seen, *node))
+        nodes
+            .get(voter)
+            .is_some_and(|node| is_reachable(seen, *node))
             && !failing.contains_key(&(id, **voter))
     };
     voters.iter().filter(is_able).count() * 2 > voters.len()
 }
 
-fn is_here(seen: &BTreeMap<NodeId, NodePresence>, node: NodeId) -> bool {
+fn is_reachable(seen: &BTreeMap<NodeId, NodePresence>, node: NodeId) -> bool {
     matches!(seen.get(&node), Some(NodePresence::Here { .. }))
 }
 
@@ -175,7 +179,7 @@ fn are_most_away(view: &View, seen: &BTreeMap<NodeId, NodePresence>) -> bool {
     let working: Vec<NodeId> = view
         .staying()
         .map(|(id, _)| id)
-        .filter(|id| !view.out.contains(id))
+        .filter(|id| !view.evicted.contains(id))
         .collect();
     let is_away = |id: &&NodeId| match seen.get(id) {
         Some(NodePresence::Away { .. }) => true,
@@ -254,7 +258,7 @@ mod tests {
     }
 
     fn out(view: &View) -> Vec<u64> {
-        view.out.iter().map(|id| id.0).collect()
+        view.evicted.iter().map(|id| id.0).collect()
     }
 
     fn works(view: &View, node: u64) -> bool {
@@ -301,7 +305,7 @@ mod tests {
             "nor does the second go"
         );
         let both = next(&view, &[(2, LONG), (3, LONG)]).expect("a plan");
-        assert_eq!(both.out.len(), 1, "one of the two is counted on");
+        assert_eq!(both.evicted.len(), 1, "one of the two is counted on");
     }
 
     #[test]
@@ -329,7 +333,7 @@ mod tests {
             for_ms: REPLACE_AFTER_MS,
         };
         let after = next(&view, &[(2, back)]).expect("a plan");
-        assert!(after.out.is_empty() && works(&after, 2));
+        assert!(after.evicted.is_empty() && works(&after, 2));
     }
 
     #[test]
@@ -345,9 +349,9 @@ mod tests {
         assert_eq!(after.leaving, BTreeSet::from([NodeId(2)]));
         assert_eq!(after.nodes[&NodeId(4)].directory, DirectoryId(22));
         assert!(
-            after
-                .shards()
-                .all(|(_, group)| group.ends || (group.replicas.len() == 3 && !works(&after, 2)))
+            after.shards().all(
+                |(_, group)| group.draining || (group.replicas.len() == 3 && !works(&after, 2))
+            )
         );
         assert_eq!(
             after.node_at(&view.nodes[&NodeId(2)].address),
@@ -367,7 +371,7 @@ mod tests {
     fn a_node_that_dies_on_its_way_out_is_not_waited_for() {
         let view = cluster(5, PlacementSpec::default());
         let wanted: Vec<NodeSpec> = view.nodes.values().take(4).cloned().collect();
-        let leaving = plan(&view, view.asked, &wanted, &BTreeSet::new())
+        let leaving = plan(&view, view.placement, &wanted, &BTreeSet::new())
             .expect("a plan")
             .view;
         let held = |view: &View| {
@@ -377,7 +381,7 @@ mod tests {
         assert!(held(&leaving), "its shard goes where it is");
         assert_eq!(next(&leaving, &[]), None);
         let after = next(&leaving, &[(5, LONG)]).expect("a plan");
-        assert!(!held(&after) && after.out.is_empty());
+        assert!(!held(&after) && after.evicted.is_empty());
     }
 
     const SHARD: GroupId = GroupId(1);

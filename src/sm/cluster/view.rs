@@ -60,13 +60,13 @@ pub struct View {
     pub version: MapVersion,
     /// The level that every node can read, and so that leaders may propose. Never lowered.
     pub level: u16,
-    pub asked: PlacementSpec,
+    pub placement: PlacementSpec,
     pub nodes: BTreeMap<NodeId, NodeSpec>,
     /// Nodes on their way out: each stays in `nodes` until the last of its replicas is retired.
     pub leaving: BTreeSet<NodeId>,
     /// Nodes that stay, but whose replicas were given to others because they were out of reach. A
     /// plan that finds one again gives it work.
-    pub out: BTreeSet<NodeId>,
+    pub evicted: BTreeSet<NodeId>,
     /// Every group, the meta group among them.
     pub groups: BTreeMap<GroupId, GroupSpec>,
     /// The shard that serves each slot.
@@ -165,7 +165,8 @@ pub struct GroupSpec {
     /// The newest committed membership that its leader told of.
     pub reported: Option<ReportedMembership>,
     /// It goes when its last slot has moved away.
-    pub ends: bool,
+    #[serde(rename = "ends")]
+    pub draining: bool,
 }
 
 /// A replica without a map: with an even number of others it lets their group survive the loss of
@@ -216,7 +217,7 @@ impl GroupSpec {
             leaving: BTreeMap::new(),
             creation,
             reported: None,
-            ends: false,
+            draining: false,
         }
     }
 
@@ -252,21 +253,21 @@ impl GroupSpec {
 
     /// Returns true if a replica on its way out may be used again: if the group began with it. Of
     /// any other the view does not say whether it has a map or is a witness.
-    pub(in crate::sm) fn can_come_back(&self, replica: ReplicaId) -> bool {
+    pub(in crate::sm) fn can_return(&self, replica: ReplicaId) -> bool {
         self.leaving.contains_key(&replica) && self.creation.contains_key(&replica)
     }
 
     /// Gives the node a replica: the one on its way out that it has and that can come back, else a
     /// new one. A node runs one replica of a group at a time, so a new one would wait until the
     /// other is gone, and that one perhaps for the new one to take its place.
-    pub(in crate::sm) fn take_on(&mut self, node: NodeId, next_replica: &mut ReplicaId) {
+    pub(in crate::sm) fn add_replica_on(&mut self, node: NodeId, next_replica: &mut ReplicaId) {
         let mut leaving = self
             .leaving
             .iter()
             .filter(|(_, at)| **at == node)
             .map(|(replica, _)| *replica);
         let replica = leaving
-            .find(|replica| self.can_come_back(*replica))
+            .find(|replica| self.can_return(*replica))
             .unwrap_or_else(|| {
                 next_replica.0 += 1;
                 ReplicaId(next_replica.0 - 1)
@@ -286,7 +287,7 @@ impl GroupSpec {
 
     /// Returns true if the group is known to have the members that it should have.
     pub fn is_settled(&self) -> bool {
-        let told = match &self.reported {
+        let members_match = match &self.reported {
             None => {
                 self.replicas.len() == self.creation.len()
                     && self.learners.is_empty()
@@ -297,7 +298,7 @@ impl GroupSpec {
                 reported.voters == self.electorate() && reported.learners == self.learners
             }
         };
-        told && self.leaving.is_empty() && !self.ends
+        members_match && self.leaving.is_empty() && !self.draining
     }
 }
 
@@ -320,7 +321,7 @@ impl SlotTable {
         self.0[slot.index()] = owner;
     }
 
-    pub fn of(&self, group: GroupId) -> impl Iterator<Item = Slot> {
+    pub fn slots_of(&self, group: GroupId) -> impl Iterator<Item = Slot> {
         Slot::all().filter(move |slot| self.owner(*slot) == group)
     }
 }
@@ -429,7 +430,7 @@ impl View {
     }
 
     /// Slots that are not where they should be.
-    pub fn astray(&self) -> impl Iterator<Item = Slot> {
+    pub fn misplaced_slots(&self) -> impl Iterator<Item = Slot> {
         Slot::all().filter(|slot| self.slots.owner(*slot) != self.targets.owner(*slot))
     }
 
@@ -441,7 +442,7 @@ impl View {
 
     /// Takes away what nothing holds any more: groups that end and own nothing, and nodes that
     /// leave and have no replica but the meta group's, then that one, then the node.
-    pub(super) fn clear_away(&mut self) {
+    pub(super) fn prune(&mut self) {
         let moving: BTreeSet<GroupId> = self
             .moves
             .values()
@@ -451,7 +452,7 @@ impl View {
             .flat_map(|slot| [self.slots.owner(slot), self.targets.owner(slot)])
             .collect();
         self.groups
-            .retain(|id, group| !group.ends || moving.contains(id) || owning.contains(id));
+            .retain(|id, group| !group.draining || moving.contains(id) || owning.contains(id));
         let busy: BTreeSet<NodeId> = self
             .shards()
             .flat_map(|(_, group)| group.hosted().map(|(_, node)| node))
@@ -465,22 +466,22 @@ impl View {
         let Some(meta) = self.groups.get_mut(&GroupId::META) else {
             return;
         };
-        let out: Vec<ReplicaId> = meta
+        let retiring: Vec<ReplicaId> = meta
             .replicas
             .iter()
             .filter(|(_, node)| free.contains(node))
             .map(|(id, _)| *id)
             .collect();
-        for replica in out {
+        for replica in retiring {
             meta.learners.remove(&replica);
             let node = meta.replicas.remove(&replica);
             meta.leaving.extend(node.map(|node| (replica, node)));
         }
-        let held: BTreeSet<NodeId> = meta.hosted().map(|(_, node)| node).collect();
+        let meta_hosts: BTreeSet<NodeId> = meta.hosted().map(|(_, node)| node).collect();
         self.leaving
-            .retain(|node| !free.contains(node) || held.contains(node));
+            .retain(|node| !free.contains(node) || meta_hosts.contains(node));
         self.nodes
-            .retain(|node, _| !free.contains(node) || held.contains(node));
+            .retain(|node, _| !free.contains(node) || meta_hosts.contains(node));
     }
 
     /// Checks that the parts of the view fit together; the error names the first that does not.
@@ -510,7 +511,7 @@ impl View {
                 return Err(Inconsistency::SlotWithoutShard { slot, owner });
             }
             let target = self.targets.owner(slot);
-            if self.groups.get(&target).is_some_and(|group| group.ends) {
+            if self.groups.get(&target).is_some_and(|group| group.draining) {
                 return Err(Inconsistency::SlotWithoutShard {
                     slot,
                     owner: target,
@@ -542,7 +543,7 @@ impl View {
         if let Some(id) = self
             .leaving
             .iter()
-            .chain(&self.out)
+            .chain(&self.evicted)
             .find(|id| !self.nodes.contains_key(id))
         {
             return Err(Inconsistency::UnknownNode(*id));
@@ -593,11 +594,11 @@ impl View {
         }
         // The node that a group was created on may have left since: of the creation record only the
         // ids are looked at.
-        let mut known = group
+        let mut replica_ids = group
             .hosted()
             .map(|(replica, _)| replica)
             .chain(group.creation.keys().copied());
-        if let Some(replica) = known.find(|replica| *replica >= self.next_replica) {
+        if let Some(replica) = replica_ids.find(|replica| *replica >= self.next_replica) {
             return Err(Inconsistency::ReplicaIdNotGivenOut(replica));
         }
         if group.creation.is_empty() {

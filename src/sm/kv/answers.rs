@@ -40,7 +40,7 @@ pub(super) struct AnswerBudget {
 impl AnswerBudget {
     /// Room for an entry of which gets never keep a write from being done: what they found beyond
     /// it is not told.
-    pub fn told(audience: Audience) -> Self {
+    pub fn lenient(audience: Audience) -> Self {
         Self {
             left: ANSWER_BYTES_MAX,
             audience,
@@ -52,7 +52,7 @@ impl AnswerBudget {
     pub fn strict(audience: Audience) -> Self {
         Self {
             is_strict: true,
-            ..Self::told(audience)
+            ..Self::lenient(audience)
         }
     }
 

@@ -448,7 +448,7 @@ fn a_page_reads_what_it_shows() {
 fn a_chunk_of_a_move_and_a_deletion_hold_one_value_beyond_their_size() {
     let mut map = large_values("{one}", 200);
     let slots = BTreeSet::from([slot_of(b"one")]);
-    let step = |step: MoveCommand| step.of(MoveId(3), &slots);
+    let step = |step: MoveCommand| step.into_command(MoveId(3), &slots);
     let done = KvOutcome::Moved(MoveOutcome::Done);
     assert_eq!(
         map.apply(

@@ -317,7 +317,7 @@ impl KvOutcome {
 
 impl MoveCommand {
     /// The entry that takes this step.
-    pub fn of(self, id: MoveId, slots: &BTreeSet<Slot>) -> KvCommand {
+    pub fn into_command(self, id: MoveId, slots: &BTreeSet<Slot>) -> KvCommand {
         KvCommand::Move {
             id,
             slots: slots.clone(),

@@ -85,7 +85,7 @@ fn claims(script: &mut Script) {
     script.run(
         "c",
         &MoveCommand::Begin { to: DESTINATION }
-            .of(MoveId(3), &slots(&["a"]))
+            .into_command(MoveId(3), &slots(&["a"]))
             .encode(),
     );
     script.attempt("c", &claim(&["a", "d"]));
@@ -359,7 +359,7 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
                     MoveCommand::Cancel,
                     MoveCommand::Clear { limit: 3 },
                 ]
-                .map(|step| step.of(id, set).encode())
+                .map(|step| step.into_command(id, set).encode())
             };
             for entry in steps(moved) {
                 script.attempt(side, &entry);
@@ -454,16 +454,20 @@ fn copy(script: &mut Script, id: MoveId, bytes_max: usize) {
 fn begin(script: &mut Script, id: MoveId, moved: &BTreeSet<Slot>) {
     script.run(
         "d",
-        &MoveCommand::Clear { limit: 100 }.of(id, moved).encode(),
+        &MoveCommand::Clear { limit: 100 }
+            .into_command(id, moved)
+            .encode(),
     );
     script.run(
         "d",
-        &MoveCommand::Prepare { from: SOURCE }.of(id, moved).encode(),
+        &MoveCommand::Prepare { from: SOURCE }
+            .into_command(id, moved)
+            .encode(),
     );
     script.run(
         "s",
         &MoveCommand::Begin { to: DESTINATION }
-            .of(id, moved)
+            .into_command(id, moved)
             .encode(),
     );
 }
@@ -507,7 +511,7 @@ fn whole_move(script: &mut Script) {
         }
         copy(script, id, 60);
     }
-    script.run("s", &MoveCommand::Freeze.of(id, &moved).encode());
+    script.run("s", &MoveCommand::Freeze.into_command(id, &moved).encode());
     try_all(script, id, &moved);
     copy(script, id, 1 << 20);
     let contents = final_contents(script.map("s"), id)
@@ -524,7 +528,7 @@ fn whole_move(script: &mut Script) {
             chunk,
             contents: wrong,
         }
-        .of(id, &moved)
+        .into_command(id, &moved)
         .encode(),
     );
     script.attempt(
@@ -533,24 +537,29 @@ fn whole_move(script: &mut Script) {
             chunk: chunk + 1,
             contents: contents.clone(),
         }
-        .of(id, &moved)
+        .into_command(id, &moved)
         .encode(),
     );
     script.run(
         "d",
         &MoveCommand::Complete { chunk, contents }
-            .of(id, &moved)
+            .into_command(id, &moved)
             .encode(),
     );
     try_all(script, id, &moved);
-    script.run("s", &MoveCommand::Release.of(id, &moved).encode());
+    script.run("s", &MoveCommand::Release.into_command(id, &moved).encode());
     try_all(script, id, &moved);
-    script.run("d", &MoveCommand::Activate.of(id, &moved).encode());
+    script.run(
+        "d",
+        &MoveCommand::Activate.into_command(id, &moved).encode(),
+    );
     try_all(script, id, &moved);
     for _ in 0..4 {
         script.run(
             "s",
-            &MoveCommand::Clear { limit: 5 }.of(id, &moved).encode(),
+            &MoveCommand::Clear { limit: 5 }
+                .into_command(id, &moved)
+                .encode(),
         );
     }
     try_all(script, id, &moved);
@@ -571,26 +580,35 @@ fn aborted_move(script: &mut Script) {
     begin(script, id, &moved);
     copy(script, id, 20);
     script.run("s", &put("{c}2", "changed"));
-    script.run("s", &MoveCommand::Abort.of(id, &moved).encode());
+    script.run("s", &MoveCommand::Abort.into_command(id, &moved).encode());
     try_all(script, id, &moved);
-    script.run("d", &MoveCommand::Cancel.of(id, &moved).encode());
+    script.run("d", &MoveCommand::Cancel.into_command(id, &moved).encode());
     try_all(script, id, &moved);
     script.run(
         "d",
-        &MoveCommand::Clear { limit: 1 }.of(id, &moved).encode(),
+        &MoveCommand::Clear { limit: 1 }
+            .into_command(id, &moved)
+            .encode(),
     );
     script.run(
         "s",
-        &MoveCommand::Clear { limit: 0 }.of(id, &moved).encode(),
+        &MoveCommand::Clear { limit: 0 }
+            .into_command(id, &moved)
+            .encode(),
     );
     // A newer move takes over from one that was never given up at the destination.
     let newer = MoveId(12);
     begin(script, MoveId(11), &moved);
     copy(script, MoveId(11), 20);
-    script.run("s", &MoveCommand::Abort.of(MoveId(11), &moved).encode());
+    script.run(
+        "s",
+        &MoveCommand::Abort.into_command(MoveId(11), &moved).encode(),
+    );
     script.run(
         "d",
-        &MoveCommand::Clear { limit: 100 }.of(newer, &moved).encode(),
+        &MoveCommand::Clear { limit: 100 }
+            .into_command(newer, &moved)
+            .encode(),
     );
     try_all(script, newer, &moved);
 }
@@ -632,23 +650,32 @@ fn clears(script: &mut Script) {
     script.run(
         "g",
         &MoveCommand::Begin { to: DESTINATION }
-            .of(id, &moved)
+            .into_command(id, &moved)
             .encode(),
     );
     script.run("g", &put("{h}1", "marked"));
-    script.run("g", &MoveCommand::Freeze.of(id, &moved).encode());
-    script.run("g", &MoveCommand::Release.of(id, &moved).encode());
+    script.run("g", &MoveCommand::Freeze.into_command(id, &moved).encode());
+    script.run("g", &MoveCommand::Release.into_command(id, &moved).encode());
     for limit in [0, 1, 2, 3, 5, 7, 1000] {
-        script.attempt("g", &MoveCommand::Clear { limit }.of(id, &moved).encode());
         script.attempt(
             "g",
-            &MoveCommand::Clear { limit }.of(id, &slots(&["h"])).encode(),
+            &MoveCommand::Clear { limit }
+                .into_command(id, &moved)
+                .encode(),
+        );
+        script.attempt(
+            "g",
+            &MoveCommand::Clear { limit }
+                .into_command(id, &slots(&["h"]))
+                .encode(),
         );
     }
     for _ in 0..5 {
         script.run(
             "g",
-            &MoveCommand::Clear { limit: 1000 }.of(id, &moved).encode(),
+            &MoveCommand::Clear { limit: 1000 }
+                .into_command(id, &moved)
+                .encode(),
         );
     }
 }
@@ -743,7 +770,7 @@ fn report_all(script: &mut Script) {
 fn move_all(script: &mut Script) {
     let now = view(script);
     let mut runs: BTreeMap<(GroupId, GroupId), BTreeSet<Slot>> = BTreeMap::new();
-    for slot in now.astray() {
+    for slot in now.misplaced_slots() {
         runs.entry((now.slots.owner(slot), now.targets.owner(slot)))
             .or_default()
             .insert(slot);

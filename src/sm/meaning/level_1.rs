@@ -153,7 +153,7 @@ pub fn meta() -> Script {
         .expect("readable")
         .expect("founded");
     let wanted = [1, 2, 3].map(node);
-    let next = plan(&view, view.asked, &wanted, &BTreeSet::new())
+    let next = plan(&view, view.placement, &wanted, &BTreeSet::new())
         .expect("a plan")
         .view;
     let install = |next: &View| {

@@ -122,7 +122,7 @@ impl<R: Read> ChunkReader<'_, R> {
         let requests = slots.iter().map(|slot| request_range(*slot));
         let data = slots.iter().map(|slot| data_range(*slot, &KeyRange::all()));
         for range in requests.chain(data) {
-            let range = rest_of(range, &after);
+            let range = range_after(range, &after);
             if range.is_empty() {
                 continue;
             }
@@ -143,7 +143,7 @@ impl<R: Read> ChunkReader<'_, R> {
         let mut last = after.clone();
         for mark in self
             .read
-            .scan(&rest_of(change_range(id), &after), Direction::Forward)
+            .scan(&range_after(change_range(id), &after), Direction::Forward)
         {
             if self.bytes_left == 0 {
                 return Ok((last, false));
@@ -163,7 +163,7 @@ impl<R: Read> ChunkReader<'_, R> {
 }
 
 /// Returns the part of `range` that comes after a key.
-fn rest_of(range: KeyRange, after: &[u8]) -> KeyRange {
+fn range_after(range: KeyRange, after: &[u8]) -> KeyRange {
     if *after < *range.start {
         return range;
     }
@@ -178,7 +178,7 @@ fn rest_of(range: KeyRange, after: &[u8]) -> KeyRange {
 
 /// Returns the weight of the changes after a cursor, counted until it reaches `bytes_max`. None
 /// while not all pairs have been read.
-pub(super) fn changes_left(
+pub(super) fn remaining_change_bytes(
     read: &impl Read,
     id: MoveId,
     cursor: &ChunkCursor,
@@ -188,7 +188,7 @@ pub(super) fn changes_left(
         return Ok(None);
     };
     let mut bytes = 0;
-    for mark in read.scan(&rest_of(change_range(id), after), Direction::Forward) {
+    for mark in read.scan(&range_after(change_range(id), after), Direction::Forward) {
         bytes += change_weight(&mark?.1)?;
         if bytes >= bytes_max {
             break;

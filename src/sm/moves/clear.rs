@@ -88,7 +88,7 @@ pub(in crate::sm) fn clear<R: Read>(
 }
 
 /// Returns as many keys of `range` as are left to be deleted, and the length of what each has.
-fn take<R: Read>(
+fn take_keys<R: Read>(
     entry: &EntryTransaction<'_, R>,
     range: &KeyRange,
     left: &mut ClearBudget,
@@ -109,7 +109,7 @@ fn clear_changes<R: Read>(
     id: MoveId,
     left: &mut ClearBudget,
 ) -> Result<(), StoreError> {
-    for (key, _) in take(entry, &change_range(id), left)? {
+    for (key, _) in take_keys(entry, &change_range(id), left)? {
         entry.delete(key);
     }
     Ok(())
@@ -120,7 +120,7 @@ fn clear_requests<R: Read>(
     slot: Slot,
     left: &mut ClearBudget,
 ) -> Result<(), StoreError> {
-    for (key, _) in take(entry, &request_range(slot), left)? {
+    for (key, _) in take_keys(entry, &request_range(slot), left)? {
         let (_, key) = parse_request_key(&key).ok_or_else(|| misplaced(&key))?;
         forget(entry, slot, &key)?;
     }
@@ -132,7 +132,7 @@ fn clear_data<R: Read>(
     slot: Slot,
     left: &mut ClearBudget,
 ) -> Result<(), StoreError> {
-    for (key, len) in take(entry, &data_range(slot, &KeyRange::all()), left)? {
+    for (key, len) in take_keys(entry, &data_range(slot, &KeyRange::all()), left)? {
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
         let contents = &mut entry.state_mut(slot)?.contents;
         contents

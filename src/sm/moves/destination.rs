@@ -197,10 +197,10 @@ fn put_data<R: Read>(
     map_key: Bytes,
     value: Option<Bytes>,
 ) -> Result<(), StoreError> {
-    let before = entry.start_of(&map_key, 0)?.map(|stored| stored.len);
+    let old_len = entry.start_of(&map_key, 0)?.map(|stored| stored.len);
     let contents = &mut entry.state_mut(slot)?.contents;
     contents
-        .recount(user_key.len(), before, value.as_ref().map(Bytes::len))
+        .recount(user_key.len(), old_len, value.as_ref().map(Bytes::len))
         .ok_or_else(|| miscounted(slot))?;
     match value {
         Some(value) => entry.put(map_key, value),
@@ -235,12 +235,12 @@ pub(in crate::sm) fn complete<R: Read>(
         return Ok(MoveOutcome::Installing(progress));
     }
     for (slot, source) in contents {
-        let here = entry.state(*slot)?.contents;
-        if (here.keys, here.bytes) != (source.keys, source.bytes) {
+        let local = entry.state(*slot)?.contents;
+        if (local.keys, local.bytes) != (source.keys, source.bytes) {
             return Ok(MoveRejection::Differs {
                 slot: *slot,
                 source: *source,
-                here,
+                here: local,
             }
             .into());
         }

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::chunk::changes_left;
+use super::chunk::remaining_change_bytes;
 use super::command::{ChunkCursor, InstallProgress, MovePhase, OpenMove};
 use super::source::is_released;
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
@@ -75,7 +75,8 @@ pub fn source_state(
     cursor: &[u8],
 ) -> Result<SourceState, StoreError> {
     if let Some(open) = OpenMove::read(read, id)? {
-        let left = changes_left(read, id, &ChunkCursor::decode(cursor)?, CHANGES_BYTES_MAX)?;
+        let left =
+            remaining_change_bytes(read, id, &ChunkCursor::decode(cursor)?, CHANGES_BYTES_MAX)?;
         let remaining = left.map_or(Remaining::Pairs, |bytes| Remaining::Changes { bytes });
         return Ok(match open.phase {
             MovePhase::Copying { .. } => SourceState::Copying(remaining),

@@ -227,7 +227,7 @@ pub const CLEAR_KEYS_MAX: u32 = 1000;
 impl MoveStep {
     /// The entry that takes the step, and whose it is. None for the steps that first need to read
     /// something, that are the meta group's, or that are no step.
-    pub fn command(&self, of: &Move) -> Option<(MoveSide, KvCommand)> {
+    pub fn command(&self, opened: &Move) -> Option<(MoveSide, KvCommand)> {
         let (side, step) = match self {
             MoveStep::Clear => (
                 MoveSide::Destination,
@@ -237,11 +237,11 @@ impl MoveStep {
             ),
             MoveStep::Prepare => (
                 MoveSide::Destination,
-                MoveCommand::Prepare { from: of.from },
+                MoveCommand::Prepare { from: opened.from },
             ),
             MoveStep::Activate => (MoveSide::Destination, MoveCommand::Activate),
             MoveStep::Cancel => (MoveSide::Destination, MoveCommand::Cancel),
-            MoveStep::Begin => (MoveSide::Source, MoveCommand::Begin { to: of.to }),
+            MoveStep::Begin => (MoveSide::Source, MoveCommand::Begin { to: opened.to }),
             MoveStep::Freeze => (MoveSide::Source, MoveCommand::Freeze),
             MoveStep::Release => (MoveSide::Source, MoveCommand::Release),
             MoveStep::Abort(_) => (MoveSide::Source, MoveCommand::Abort),
@@ -252,7 +252,7 @@ impl MoveStep {
             | MoveStep::Wait(_)
             | MoveStep::Over => return None,
         };
-        Some((side, step.of(of.id, &of.slots)))
+        Some((side, step.into_command(opened.id, &opened.slots)))
     }
 }
 
@@ -512,7 +512,7 @@ mod tests {
         for (step, side, command) in table {
             assert_eq!(
                 step.command(&of),
-                Some((side, command.of(MoveId(5), &slots)))
+                Some((side, command.into_command(MoveId(5), &slots)))
             );
         }
         assert_eq!(MoveStep::Commit.command(&of), None);

@@ -21,16 +21,16 @@ const EVEN: i64 = 1 << 36;
 
 /// For each item the bins that it takes, in order.
 pub fn assign(items: &[BinTaker], bins: usize) -> Vec<Vec<usize>> {
-    let mut taken = TakenBins::first(items, bins);
-    taken.level();
-    while let Some(cycle) = taken.gaining_cycle() {
+    let mut assignment = TakenBins::first(items, bins);
+    assignment.level();
+    while let Some(cycle) = assignment.gaining_cycle() {
         for (from, to, step) in cycle {
             if let FlowStep::Hand(item) = step {
-                taken.hand_on(item, from, to);
+                assignment.hand_on(item, from, to);
             }
         }
     }
-    taken
+    assignment
         .by_item
         .iter()
         .map(|is_taken| (0..bins).filter(|bin| is_taken[*bin]).collect())

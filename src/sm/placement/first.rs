@@ -17,13 +17,13 @@ use crate::types::{
 /// A witness is none of those: it joins the group that has begun.
 pub fn first_view(
     cluster: ClusterId,
-    asked: PlacementSpec,
+    spec: PlacementSpec,
     mut nodes: Vec<NodeSpec>,
 ) -> Result<View, PlacementError> {
     nodes.sort_by(|a, b| a.address.cmp(&b.address));
     check_nodes(&nodes)?;
-    let sizes = Sizes::of(nodes.len(), asked)?;
-    let shards = match asked.layout {
+    let sizes = Sizes::for_nodes(nodes.len(), spec)?;
+    let shards = match spec.layout {
         Layout::Spread => spread(nodes.len(), sizes),
         Layout::Exclusive => exclusive(nodes.len(), sizes),
     };
@@ -54,10 +54,10 @@ pub fn first_view(
         cluster,
         epoch,
         version,
-        asked,
+        placement: spec,
         nodes,
         leaving,
-        out,
+        evicted: out,
         groups,
         slots,
         targets,
@@ -71,7 +71,7 @@ pub fn first_view(
         view.shards().map(|(id, _)| id).collect(),
         view.nodes.keys().copied().collect(),
     );
-    witnesses::deal(&mut view, &shards, &working);
+    witnesses::assign_witnesses(&mut view, &shards, &working);
     Ok(view)
 }
 

@@ -29,33 +29,33 @@ pub struct Planned {
 /// Why it can't be done.
 pub fn plan(
     view: &View,
-    asked: PlacementSpec,
+    spec: PlacementSpec,
     wanted: &[NodeSpec],
     out: &BTreeSet<NodeId>,
 ) -> Result<Planned, PlacementError> {
     let mut next = view.clone();
-    next.asked = asked;
-    let lost = roster::enrol(&mut next, wanted)?;
-    let sizes = Sizes::of(next.staying().count(), asked)?;
-    let working = roster::at_work(&next, out, sizes.needed);
-    next.out = next
+    next.placement = spec;
+    let lost = roster::add_nodes(&mut next, wanted)?;
+    let sizes = Sizes::for_nodes(next.staying().count(), spec)?;
+    let working = roster::working_nodes(&next, out, sizes.needed);
+    next.evicted = next
         .staying()
         .map(|(id, _)| id)
         .filter(|id| !working.contains(id))
         .collect();
 
-    let staying = shards::choose(&mut next, sizes.shards, &working);
-    shards::deal(&mut next, &staying, sizes, &working);
+    let staying = shards::choose_shards(&mut next, sizes.shards, &working);
+    shards::assign_replicas(&mut next, &staying, sizes, &working);
     shards::settle_homes(view, &mut next, &staying, &working);
     let dead: BTreeSet<NodeId> = out
         .union(&lost)
         .filter(|id| !working.contains(id))
         .copied()
         .collect();
-    witnesses::dismiss_dead(&mut next, &dead);
-    shards::relieve(&mut next, &dead, &working);
-    witnesses::deal(&mut next, &staying, &working);
-    seat_meta(&mut next, &working);
+    witnesses::retire_dead_witnesses(&mut next, &dead);
+    shards::replace_dead_replicas(&mut next, &dead, &working);
+    witnesses::assign_witnesses(&mut next, &staying, &working);
+    place_meta_replicas(&mut next, &working);
     next.targets = targets::even_targets(&next, &staying);
 
     let is_same = next == *view;
@@ -69,15 +69,18 @@ pub fn plan(
 
 /// Every node that stays has a replica of the meta group, and one that leaves keeps its own until
 /// the last of its others is retired. Up to five of those at work vote, rather those that do.
-fn seat_meta(next: &mut View, working: &BTreeSet<NodeId>) {
+fn place_meta_replicas(next: &mut View, working: &BTreeSet<NodeId>) {
     let staying: Vec<NodeId> = next.staying().map(|(id, _)| id).collect();
     let Some(meta) = next.groups.get_mut(&GroupId::META) else {
         return;
     };
     let voted = meta.voters();
-    let held: BTreeSet<NodeId> = meta.replicas.values().copied().collect();
-    for node in staying.into_iter().filter(|node| !held.contains(node)) {
-        meta.take_on(node, &mut next.next_replica);
+    let meta_hosts: BTreeSet<NodeId> = meta.replicas.values().copied().collect();
+    for node in staying
+        .into_iter()
+        .filter(|node| !meta_hosts.contains(node))
+    {
+        meta.add_replica_on(node, &mut next.next_replica);
     }
     let mut able: Vec<ReplicaId> = meta
         .replicas

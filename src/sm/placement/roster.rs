@@ -14,17 +14,19 @@ use crate::types::NodeId;
 ///
 /// A node that the view knows keeps its id and is called as the view calls it; others get ids in
 /// the order of their addresses.
-pub fn enrol(next: &mut View, wanted: &[NodeSpec]) -> Result<BTreeSet<NodeId>, PlacementError> {
+pub fn add_nodes(next: &mut View, wanted: &[NodeSpec]) -> Result<BTreeSet<NodeId>, PlacementError> {
     check_nodes(wanted)?;
-    let known = |node: &NodeSpec| {
+    let known_id = |node: &NodeSpec| {
         next.nodes
             .iter()
             .find(|(_, known)| known.directory == node.directory)
             .map(|(id, _)| *id)
     };
-    let mut staying: BTreeSet<NodeId> = wanted.iter().filter_map(known).collect();
-    let mut newcomers: Vec<&NodeSpec> =
-        wanted.iter().filter(|node| known(node).is_none()).collect();
+    let mut staying: BTreeSet<NodeId> = wanted.iter().filter_map(known_id).collect();
+    let mut newcomers: Vec<&NodeSpec> = wanted
+        .iter()
+        .filter(|node| known_id(node).is_none())
+        .collect();
     newcomers.sort_by(|a, b| a.address.cmp(&b.address));
     for node in newcomers {
         staying.insert(next.next_node);
@@ -54,7 +56,7 @@ pub fn enrol(next: &mut View, wanted: &[NodeSpec]) -> Result<BTreeSet<NodeId>, P
 
 /// The nodes that are given work: those that stay and are not out of reach; and of the others,
 /// those with most replicas first, as many as it takes to be `needed`.
-pub fn at_work(next: &View, out: &BTreeSet<NodeId>, needed: usize) -> BTreeSet<NodeId> {
+pub fn working_nodes(next: &View, out: &BTreeSet<NodeId>, needed: usize) -> BTreeSet<NodeId> {
     let replicas = |id: NodeId| {
         next.shards()
             .filter(|(_, group)| group.replicas.values().any(|node| *node == id))

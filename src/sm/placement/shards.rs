@@ -25,7 +25,11 @@ const STAY_HOME: i64 = -1;
 ///
 /// Those end whose slots, times the replicas of them that could have stayed, are fewest; then those
 /// that are at home nowhere any more, then the youngest.
-pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTreeSet<GroupId> {
+pub fn choose_shards(
+    next: &mut View,
+    count: usize,
+    working: &BTreeSet<NodeId>,
+) -> BTreeSet<GroupId> {
     let mut slots: BTreeMap<GroupId, usize> = BTreeMap::new();
     for slot in Slot::all() {
         *slots.entry(next.slots.owner(slot)).or_default() += 1;
@@ -48,14 +52,14 @@ pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTre
     };
     let mut present: Vec<_> = next
         .shards()
-        .filter(|(_, group)| !group.ends)
+        .filter(|(_, group)| !group.draining)
         .map(worth)
         .collect();
     present.sort();
     let mut chosen: BTreeSet<GroupId> = present.iter().take(count).map(|(.., id)| *id).collect();
     for (.., id) in present.iter().skip(count) {
         if let Some(group) = next.groups.get_mut(id) {
-            group.ends = true;
+            group.draining = true;
         }
     }
     while chosen.len() < count {
@@ -67,18 +71,23 @@ pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTre
 
 /// Gives each of the shards its replicas and voters. Homes are left where they were, if they can
 /// be.
-pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: &BTreeSet<NodeId>) {
+pub fn assign_replicas(
+    next: &mut View,
+    shards: &BTreeSet<GroupId>,
+    sizes: Sizes,
+    working: &BTreeSet<NodeId>,
+) {
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let ids: Vec<GroupId> = shards.iter().copied().collect();
     let standing: Vec<BTreeMap<NodeId, i64>> = ids
         .iter()
-        .map(|id| next.groups.get(id).map(standing).unwrap_or_default())
+        .map(|id| next.groups.get(id).map(placement_costs).unwrap_or_default())
         .collect();
     let cost = |shard: usize, node: usize| {
         Some(standing[shard].get(&nodes[node]).copied().unwrap_or(CHANGE))
     };
     let mut members: BTreeMap<GroupId, BTreeSet<NodeId>> = BTreeMap::new();
-    match next.asked.layout {
+    match next.placement.layout {
         Layout::Spread => {
             let costs = |shard| (0..nodes.len()).map(|node| cost(shard, node)).collect();
             let items: Vec<BinTaker> = (0..ids.len())
@@ -105,7 +114,7 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
         }
     }
     for (id, nodes) in members {
-        let voters = match next.asked.layout {
+        let voters = match next.placement.layout {
             Layout::Spread => nodes.len(),
             Layout::Exclusive => exclusive_voters(nodes.len(), sizes.factor),
         };
@@ -115,10 +124,10 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
 
 /// Returns the cost of a replica of the group on nodes where it has, or had, one; elsewhere the
 /// cost is a [`CHANGE`].
-fn standing(group: &GroupSpec) -> BTreeMap<NodeId, i64> {
+fn placement_costs(group: &GroupSpec) -> BTreeMap<NodeId, i64> {
     let stay = |node: &NodeId| if group.home == *node { STAY_HOME } else { STAY };
     let cost = |replica: &ReplicaId| {
-        if group.can_come_back(*replica) {
+        if group.can_return(*replica) {
             CALL_BACK
         } else {
             AWKWARD
@@ -156,9 +165,9 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
     group.replicas = kept;
     let leaving: BTreeMap<ReplicaId, NodeId> = leaving;
     group.leaving.extend(leaving);
-    let held: BTreeSet<NodeId> = group.replicas.values().copied().collect();
-    for node in nodes.difference(&held) {
-        group.take_on(*node, &mut next.next_replica);
+    let hosts: BTreeSet<NodeId> = group.replicas.values().copied().collect();
+    for node in nodes.difference(&hosts) {
+        group.add_replica_on(*node, &mut next.next_replica);
     }
     let mut ranked: Vec<ReplicaId> = group.replicas.keys().copied().collect();
     ranked.sort_by_key(|replica| {
@@ -170,11 +179,11 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
         )
     });
     group.learners = ranked.into_iter().skip(voters).collect();
-    rehome(group);
+    move_home(group);
 }
 
 /// Has the home be a node of a voter.
-fn rehome(group: &mut GroupSpec) {
+fn move_home(group: &mut GroupSpec) {
     let voters = group.voters();
     let mut at = group
         .replicas
@@ -231,12 +240,12 @@ pub fn settle_homes(
 
 /// Gives others the replicas that `dead` nodes have of shards that end: they serve until their last
 /// slot has moved away. What is on a node that only leaves stays there so long.
-pub fn relieve(next: &mut View, dead: &BTreeSet<NodeId>, working: &BTreeSet<NodeId>) {
+pub fn replace_dead_replicas(next: &mut View, dead: &BTreeSet<NodeId>, working: &BTreeSet<NodeId>) {
     let mut loads: BTreeMap<NodeId, usize> = working.iter().map(|node| (*node, 0)).collect();
     for (_, node) in next.shards().flat_map(|(_, group)| group.hosted()) {
         loads.entry(node).and_modify(|load| *load += 1);
     }
-    for group in next.groups.values_mut().filter(|group| group.ends) {
+    for group in next.groups.values_mut().filter(|group| group.draining) {
         let lost: Vec<(ReplicaId, NodeId)> = group
             .replicas
             .iter()
@@ -259,6 +268,6 @@ pub fn relieve(next: &mut View, dead: &BTreeSet<NodeId>, working: &BTreeSet<Node
             }
             next.next_replica.0 += 1;
         }
-        rehome(group);
+        move_home(group);
     }
 }

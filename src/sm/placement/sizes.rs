@@ -24,12 +24,12 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    pub fn of(nodes: usize, asked: PlacementSpec) -> Result<Self, PlacementError> {
-        let factor = replication_factor(nodes, asked)?;
-        let (shards, needed) = match asked.layout {
-            Layout::Spread => (shard_count(asked, nodes)?, factor),
+    pub fn for_nodes(nodes: usize, spec: PlacementSpec) -> Result<Self, PlacementError> {
+        let factor = replication_factor(nodes, spec)?;
+        let (shards, needed) = match spec.layout {
+            Layout::Spread => (shard_count(spec, nodes)?, factor),
             Layout::Exclusive => {
-                let shards = shard_count(asked, nodes / factor)?;
+                let shards = shard_count(spec, nodes / factor)?;
                 (shards, shards * factor)
             }
         };
@@ -46,8 +46,8 @@ impl Sizes {
 }
 
 /// The number of replicas asked for, or the default for this many nodes.
-fn replication_factor(nodes: usize, asked: PlacementSpec) -> Result<usize, PlacementError> {
-    match asked.replication_factor {
+fn replication_factor(nodes: usize, spec: PlacementSpec) -> Result<usize, PlacementError> {
+    match spec.replication_factor {
         None => Ok(nodes.min(REPLICATION_FACTOR_DEFAULT)),
         Some(factor) if (1..=REPLICATION_FACTOR_MAX).contains(&factor) => Ok(usize::from(factor)),
         Some(factor) => Err(PlacementError::ReplicationFactorOutOfRange(factor)),
@@ -55,8 +55,8 @@ fn replication_factor(nodes: usize, asked: PlacementSpec) -> Result<usize, Place
 }
 
 /// The number of shards asked for, or `default`.
-fn shard_count(asked: PlacementSpec, default: usize) -> Result<usize, PlacementError> {
-    match asked.shards {
+fn shard_count(spec: PlacementSpec, default: usize) -> Result<usize, PlacementError> {
+    match spec.shards {
         None => Ok(default.clamp(1, usize::from(SLOTS))),
         Some(count) if (1..=SLOTS).contains(&count) => Ok(usize::from(count)),
         Some(count) => Err(PlacementError::ShardsOutOfRange(count)),

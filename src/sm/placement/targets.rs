@@ -18,7 +18,9 @@ pub fn even_targets(view: &View, shards: &BTreeSet<GroupId>) -> SlotTable {
             .for_each(|slot| owners.set_owner(*slot, open.to));
     }
     let (owned, aimed) = (by_owner(&owners), by_owner(&view.targets));
-    let count = |of: &BTreeMap<GroupId, Vec<Slot>>, id: &GroupId| of.get(id).map_or(0, Vec::len);
+    let count = |slots_by_owner: &BTreeMap<GroupId, Vec<Slot>>, id: &GroupId| {
+        slots_by_owner.get(id).map_or(0, Vec::len)
+    };
 
     let (least, over) = (
         usize::from(SLOTS) / shards.len(),

@@ -57,15 +57,15 @@ fn unevenness<T: Ord>(of: impl IntoIterator<Item = T>, seen: impl IntoIterator<I
 }
 
 fn shards_that_stay(view: &View) -> impl Iterator<Item = (GroupId, &GroupSpec)> {
-    view.shards().filter(|(_, group)| !group.ends)
+    view.shards().filter(|(_, group)| !group.draining)
 }
 
 /// Asserts what holds of every plan.
 fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
     view.check().expect("the parts fit together");
     let staying: BTreeSet<NodeId> = view.staying().map(|(id, _)| id).collect();
-    let working: BTreeSet<NodeId> = staying.difference(&view.out).copied().collect();
-    let sizes = Sizes::of(staying.len(), view.asked).expect("sizes");
+    let working: BTreeSet<NodeId> = staying.difference(&view.evicted).copied().collect();
+    let sizes = Sizes::for_nodes(staying.len(), view.placement).expect("sizes");
     let live = || shards_that_stay(view);
     assert_eq!(live().count(), sizes.shards, "shards");
 
@@ -74,7 +74,7 @@ fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
         placed().all(|node| working.contains(&node)),
         "a replica on a node that leaves or is out"
     );
-    match view.asked.layout {
+    match view.placement.layout {
         Layout::Spread => {
             assert!(live().all(
                 |(_, group)| group.replicas.len() == sizes.factor && group.learners.is_empty()
@@ -117,11 +117,11 @@ fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
     assert_witnesses(view, &working);
     let enough = staying.iter().filter(|id| !out.contains(id)).count() >= sizes.needed;
     let resting: BTreeSet<NodeId> = staying.intersection(out).copied().collect();
-    assert!(view.out.is_subset(&resting));
+    assert!(view.evicted.is_subset(&resting));
     assert!(
-        view.out == resting || !enough,
+        view.evicted == resting || !enough,
         "who is out has no work: {:?} of {out:?}",
-        view.out
+        view.evicted
     );
 
     let meta = &view.groups[&GroupId::META];
@@ -237,7 +237,7 @@ fn a_witness_comes_and_goes_with_an_even_number_and_never_as_another_replica() {
 fn a_node_more_takes_its_share_of_the_witnesses_and_no_more() {
     for count in 4..=12_usize {
         let before = found(spread(2, Some(60)), nodes(1..=count)).view();
-        let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
+        let after = planned(&before, before.placement, &nodes(1..=count + 1)).view;
         assert_plan(&after, &BTreeSet::new());
         let is_new = |group: &&GroupSpec| {
             group
@@ -309,7 +309,7 @@ fn a_node_more_takes_its_share_and_no_more() {
             let shards = 60;
             let mut meta = found(spread(factor, Some(shards)), nodes(1..=count));
             let before = meta.view();
-            let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
+            let after = planned(&before, before.placement, &nodes(1..=count + 1)).view;
             assert_plan(&after, &BTreeSet::new());
             let share = (usize::from(shards) * usize::from(factor)).div_ceil(count + 1);
             assert!(
@@ -320,17 +320,17 @@ fn a_node_more_takes_its_share_and_no_more() {
             assert_eq!(after.slots, after.targets, "as many shards as before");
             meta.install(after);
             meta.settle();
-            assert!(planned(&meta.view(), before.asked, &nodes(1..=count + 1)).is_same);
+            assert!(planned(&meta.view(), before.placement, &nodes(1..=count + 1)).is_same);
 
             // A shard more per node: the node and the shard get their replicas, nobody else gets
             // any.
             let before =
                 first_view(ClusterId(9), spread(factor, None), nodes(1..=count)).expect("a view");
-            let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
+            let after = planned(&before, before.placement, &nodes(1..=count + 1)).view;
             assert_plan(&after, &BTreeSet::new());
             assert_eq!(new_replicas(&before, &after), 2 * usize::from(factor) - 1);
             assert_eq!(changed_homes(&before, &after), 0);
-            assert!(after.astray().count() <= 4096_usize.div_ceil(count + 1));
+            assert!(after.misplaced_slots().count() <= 4096_usize.div_ceil(count + 1));
         }
     }
 }
@@ -339,17 +339,17 @@ fn a_node_more_takes_its_share_and_no_more() {
 fn a_change_that_is_taken_back_moves_back_only_what_had_moved() {
     let mut meta = found(spread(3, None), nodes(1..=5));
     let first = meta.view();
-    meta.install(planned(&first, first.asked, &nodes(1..=6)).view);
-    let astray = meta.view().astray().count();
+    meta.install(planned(&first, first.placement, &nodes(1..=6)).view);
+    let astray = meta.view().misplaced_slots().count();
     assert!(astray > 600);
     meta.move_slots(100);
     let moved = Slot::all()
         .filter(|slot| meta.view().slots.owner(*slot) != first.slots.owner(*slot))
         .count();
     assert_eq!(moved, 100);
-    let back = planned(&meta.view(), first.asked, &nodes(1..=5)).view;
+    let back = planned(&meta.view(), first.placement, &nodes(1..=5)).view;
     assert_plan(&back, &BTreeSet::new());
-    assert_eq!(back.astray().count(), 100);
+    assert_eq!(back.misplaced_slots().count(), 100);
     meta.install(back);
     meta.settle();
     assert_eq!(meta.view().slots, first.slots);
@@ -394,16 +394,16 @@ fn a_node_out_of_reach_rests_while_there_are_others_enough() {
     let out = BTreeSet::from([NodeId(2)]);
     let settled = |asked, count| found(asked, nodes(1..=count)).view();
     let view = settled(PlacementSpec::default(), 4);
-    let next = plan(&view, view.asked, &nodes(1..=4), &out)
+    let next = plan(&view, view.placement, &nodes(1..=4), &out)
         .expect("a plan")
         .view;
     assert_plan(&next, &out);
-    assert_eq!((next.out.clone(), next.leaving.len()), (out.clone(), 0));
+    assert_eq!((next.evicted.clone(), next.leaving.len()), (out.clone(), 0));
     assert!(shards_that_stay(&next).all(|(_, group)| group.home != NodeId(2)));
-    let back = planned(&next, view.asked, &nodes(1..=4)).view;
+    let back = planned(&next, view.placement, &nodes(1..=4)).view;
     assert_plan(&back, &BTreeSet::new());
     assert!(
-        back.out.is_empty()
+        back.evicted.is_empty()
             && back
                 .shards()
                 .any(|(_, group)| group.replicas.values().any(|node| *node == NodeId(2)))
@@ -411,25 +411,25 @@ fn a_node_out_of_reach_rests_while_there_are_others_enough() {
 
     let view = settled(PlacementSpec::default(), 3);
     assert!(
-        plan(&view, view.asked, &nodes(1..=3), &out)
+        plan(&view, view.placement, &nodes(1..=3), &out)
             .expect("a plan")
             .is_same,
         "three replicas need three nodes"
     );
     let view = settled(exclusive(3), 6);
     assert!(
-        plan(&view, view.asked, &nodes(1..=6), &out)
+        plan(&view, view.placement, &nodes(1..=6), &out)
             .expect("a plan")
             .is_same,
         "two shards of three need six"
     );
     let view = settled(exclusive(3), 7);
-    let next = plan(&view, view.asked, &nodes(1..=7), &out)
+    let next = plan(&view, view.placement, &nodes(1..=7), &out)
         .expect("a plan")
         .view;
     assert_plan(&next, &out);
     assert_eq!(
-        (new_replicas(&view, &next), next.out.len()),
+        (new_replicas(&view, &next), next.evicted.len()),
         (1, 1),
         "the seventh stands in"
     );
@@ -438,11 +438,11 @@ fn a_node_out_of_reach_rests_while_there_are_others_enough() {
 #[test]
 fn a_shard_that_ends_stays_where_it_is_but_for_dead_nodes() {
     let view = found(PlacementSpec::default(), nodes(1..=6)).view();
-    let next = planned(&view, view.asked, &nodes(1..=5)).view;
+    let next = planned(&view, view.placement, &nodes(1..=5)).view;
     let ending: Vec<&GroupSpec> = next
         .shards()
         .map(|(_, group)| group)
-        .filter(|group| group.ends)
+        .filter(|group| group.draining)
         .collect();
     let [group] = ending[..] else {
         panic!("one shard ends: {ending:?}")
@@ -454,14 +454,14 @@ fn a_shard_that_ends_stays_where_it_is_but_for_dead_nodes() {
     );
     assert!(group.leaving.is_empty() && group.replicas.values().any(|node| *node == NodeId(6)));
     let dead = BTreeSet::from([NodeId(6)]);
-    let next = plan(&next, view.asked, &nodes(1..=5), &dead)
+    let next = plan(&next, view.placement, &nodes(1..=5), &dead)
         .expect("a plan")
         .view;
     assert_plan(&next, &dead);
     let group = next
         .shards()
         .map(|(_, group)| group)
-        .find(|group| group.ends)
+        .find(|group| group.draining)
         .expect("it still ends");
     assert!(
         group.replicas.len() == 3
@@ -474,8 +474,8 @@ fn a_shard_that_ends_stays_where_it_is_but_for_dead_nodes() {
 fn replicas_on_their_way_out_are_called_back_rather_than_new_ones() {
     for factor in 1..=3 {
         let view = found(spread(factor, None), nodes(1..=3)).view();
-        let away = planned(&view, view.asked, &nodes(4..=6)).view;
-        let back = planned(&away, view.asked, &nodes(1..=3)).view;
+        let away = planned(&view, view.placement, &nodes(4..=6)).view;
+        let back = planned(&away, view.placement, &nodes(1..=3)).view;
         assert_plan(&back, &BTreeSet::new());
         for (id, group) in view.shards() {
             assert_eq!(back.groups[&id].replicas, group.replicas, "factor {factor}");
@@ -559,7 +559,7 @@ fn random_asked(rng: &mut StdRng, nodes: usize) -> PlacementSpec {
         replication_factor: factor,
         shards,
     };
-    if Sizes::of(nodes, asked).is_ok() {
+    if Sizes::for_nodes(nodes, asked).is_ok() {
         asked
     } else {
         PlacementSpec {
@@ -595,7 +595,7 @@ fn any_sequence_of_changes_can_be_planned_and_carried_out() {
                     _ => {}
                 }
             }
-            if rng.random_bool(0.3) || Sizes::of(wanted.len(), asked).is_err() {
+            if rng.random_bool(0.3) || Sizes::for_nodes(wanted.len(), asked).is_err() {
                 asked = random_asked(&mut rng, wanted.len());
             }
             let view = meta.view();
@@ -613,7 +613,7 @@ fn any_sequence_of_changes_can_be_planned_and_carried_out() {
                 1 => meta.move_slots(rng.random_range(0..600)),
                 _ => drop(meta.open_moves(rng.random_range(0..600))),
             }
-            let again = plan(&meta.view(), asked, &wanted, &meta.view().out).expect("a plan");
+            let again = plan(&meta.view(), asked, &wanted, &meta.view().evicted).expect("a plan");
             assert!(
                 again.is_same,
                 "planned in the middle of a change: {:?}\n{:?}",
@@ -657,7 +657,7 @@ fn large_views_are_planned_at_once() {
 /// thousands of groups.
 fn carried_out(mut view: View) -> View {
     view.slots = view.targets.clone();
-    view.groups.retain(|_, group| !group.ends);
+    view.groups.retain(|_, group| !group.draining);
     view.groups
         .values_mut()
         .for_each(|group| group.leaving.clear());

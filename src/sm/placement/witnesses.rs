@@ -13,7 +13,7 @@ use crate::types::{GroupId, NodeId};
 
 /// Gives each of the shards its witness, or none. One that is there stays if it may, and where that
 /// is even.
-pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<NodeId>) {
+pub fn assign_witnesses(next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<NodeId>) {
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let (mut ids, mut items) = (Vec::new(), Vec::new());
     for id in shards {
@@ -31,15 +31,15 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<Node
         .filter(|id| !ids.contains(id))
         .map(|id| (*id, None))
         .collect();
-    let taken = assign(&items, nodes.len());
+    let assignment = assign(&items, nodes.len());
     places.extend(
         ids.into_iter()
-            .zip(taken)
+            .zip(assignment)
             .map(|(id, taken)| (id, taken.first().map(|index| nodes[*index]))),
     );
     places.sort();
     for (id, node) in places {
-        seat(next, id, node);
+        set_witness(next, id, node);
     }
 }
 
@@ -57,14 +57,14 @@ fn cost(group: &GroupSpec, node: NodeId) -> Option<i64> {
 }
 
 /// Has the witness of a group be on this node, or there be none.
-fn seat(next: &mut View, id: GroupId, node: Option<NodeId>) {
+fn set_witness(next: &mut View, id: GroupId, node: Option<NodeId>) {
     let Some(group) = next.groups.get_mut(&id) else {
         return;
     };
     if group.witness.map(|witness| witness.node) == node {
         return;
     }
-    dismiss(group);
+    retire_witness(group);
     if let Some(node) = node {
         group.witness = Some(WitnessSpec {
             replica: next.next_replica,
@@ -76,20 +76,20 @@ fn seat(next: &mut View, id: GroupId, node: Option<NodeId>) {
 
 /// Takes the witnesses from the shards that end whose nodes are dead: those last only until their
 /// slots have moved.
-pub fn dismiss_dead(next: &mut View, dead: &BTreeSet<NodeId>) {
-    for group in next.groups.values_mut().filter(|group| group.ends) {
+pub fn retire_dead_witnesses(next: &mut View, dead: &BTreeSet<NodeId>) {
+    for group in next.groups.values_mut().filter(|group| group.draining) {
         if group
             .witness
             .is_some_and(|witness| dead.contains(&witness.node))
         {
-            dismiss(group);
+            retire_witness(group);
         }
     }
 }
 
-fn dismiss(group: &mut GroupSpec) {
-    let gone = group.witness.take();
+fn retire_witness(group: &mut GroupSpec) {
+    let old_witness = group.witness.take();
     group
         .leaving
-        .extend(gone.map(|witness| (witness.replica, witness.node)));
+        .extend(old_witness.map(|witness| (witness.replica, witness.node)));
 }

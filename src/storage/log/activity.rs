@@ -37,7 +37,7 @@ impl ActivityTracker {
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub fn seen(&self, has_work: bool) -> WriterActivity {
+    pub fn observe(&self, has_work: bool) -> WriterActivity {
         let phase = match self.phase.load(Ordering::Relaxed) {
             phase if phase == WriterPhase::Writes as u8 => WriterPhase::Writes,
             phase if phase == WriterPhase::CallsBack as u8 => WriterPhase::CallsBack,

@@ -195,13 +195,15 @@ impl Log {
     }
 
     /// Returns true if so much waits that no more should be proposed. Appends are still accepted.
-    pub fn overloaded(&self) -> bool {
+    pub fn is_overloaded(&self) -> bool {
         self.queue_bytes() > self.shared().queue_bytes_max
     }
 
     /// Returns what the writer does now.
     pub fn activity(&self) -> WriterActivity {
-        self.shared().activity.seen(!self.shared().queue.is_empty())
+        self.shared()
+            .activity
+            .observe(!self.shared().queue.is_empty())
     }
 
     /// Holds the reason once the log has failed for good: then this node must stop.
@@ -233,7 +235,7 @@ impl Log {
     /// The replicas with live entries in sealed segments, those that hold the oldest first. Small
     /// ones are rebased by the log itself; the others let go when they purge, so they want a
     /// snapshot.
-    pub fn pinning(&self) -> Vec<Pin> {
+    pub fn segments_pinned_by(&self) -> Vec<Pin> {
         let replicas: Vec<Arc<ReplicaLogInner>> =
             self.shared().roster().replicas.values().cloned().collect();
         let mut first_segments: Vec<(u64, Arc<ReplicaLogInner>, u64)> = Vec::new();

@@ -143,7 +143,7 @@ impl LogIndex {
     }
 
     /// Returns whether the entry with this id is here, or was and is purged.
-    pub fn holds(&self, id: LogId) -> bool {
+    pub fn has_entry(&self, id: LogId) -> bool {
         id.index < index_after(self.head.purged)
             || self
                 .located(id.index)
@@ -156,7 +156,7 @@ impl LogIndex {
     pub fn committed(&self) -> Option<LogId> {
         self.head
             .committed
-            .filter(|id| self.holds(*id))
+            .filter(|id| self.has_entry(*id))
             .or(self.head.purged)
     }
 
@@ -240,18 +240,18 @@ impl LogIndex {
 
     fn truncate(&mut self, to: Option<LogId>, live: &mut LiveBytes) -> Result<(), Contradiction> {
         let ReplicaHead { purged, last, .. } = self.head;
-        let known = to
+        let is_known = to
             .and_then(|to| self.located(to.index))
             .map(|entry| entry.term);
-        let agrees = known.is_none_or(|term| to.is_some_and(|to| to.term == term));
+        let agrees = is_known.is_none_or(|term| to.is_some_and(|to| to.term == term));
         if index_after(to) < index_after(purged) || index_after(to) > index_after(last) || !agrees {
             return Err(Contradiction::Truncate { to, purged, last });
         }
         let first = self.first();
-        let kept = index_after(to)
+        let next_index = index_after(to)
             .saturating_sub(first)
             .min(self.entries.len() as u64) as usize;
-        live.remove(self.entries.drain(kept..));
+        live.remove(self.entries.drain(next_index..));
         self.missing_until = self.missing_until.min(index_after(to));
         self.end_bytes = self
             .entries

@@ -206,7 +206,7 @@ impl Replayed {
                             format!("{error}, and the mark at {mark} says that it was synced");
                         return Err(damaged(segment, at as u64, reason));
                     }
-                    say_cut(segment, at, record::tail_end(&bytes, at, place));
+                    log_truncation(segment, at, record::tail_end(&bytes, at, place));
                     break;
                 }
                 // The room for every record was written and synced before it.
@@ -342,7 +342,7 @@ impl Replayed {
     }
 }
 
-fn say_cut(segment: &ReplayedSegment, at: usize, end: usize) {
+fn log_truncation(segment: &ReplayedSegment, at: usize, end: usize) {
     let bytes = end - at;
     if bytes > 0 {
         tracing::info!(

@@ -371,8 +371,8 @@ impl ReplicaLogState {
             (next.saturating_sub(self.cached_first())).min(self.cached.len() as u64) as usize;
         self.cached.truncate(kept);
         self.issued.last = to;
-        self.synced = least(self.synced, to);
-        let limit = self.truncated.map_or(to, |(_, limit)| least(limit, to));
+        self.synced = earlier(self.synced, to);
+        let limit = self.truncated.map_or(to, |(_, limit)| earlier(limit, to));
         self.truncated = Some((self.seq + 1, limit));
         Ok(LogChange::Truncate(to))
     }
@@ -506,7 +506,7 @@ impl ReplicaLogState {
         }
         let mut synced = self.written.head().last;
         match self.truncated {
-            Some((at, limit)) if at > seq => synced = least(synced, limit),
+            Some((at, limit)) if at > seq => synced = earlier(synced, limit),
             _ => self.truncated = None,
         }
         self.synced = synced;
@@ -548,7 +548,7 @@ impl ReplicaLogState {
 }
 
 /// The one that ends earlier.
-fn least(a: Option<LogId>, b: Option<LogId>) -> Option<LogId> {
+fn earlier(a: Option<LogId>, b: Option<LogId>) -> Option<LogId> {
     if index_after(a) <= index_after(b) {
         a
     } else {

@@ -303,7 +303,7 @@ impl LogWriter {
             ops.iter_mut()
                 .try_for_each(|op| ledger.write_op(op, batch))?;
             committed.into_iter().try_for_each(|(key, id)| {
-                match id.filter(|id| ledger.is_early(key, *id)) {
+                match id.filter(|id| ledger.is_append_pending(key, *id)) {
                     Some(early) => {
                         shared.queue.return_committed(key, early);
                         Ok(())
@@ -713,10 +713,10 @@ impl LogLedger {
     }
 
     /// Returns whether an operation that still waits is to write the entry with this id.
-    fn is_early(&self, key: ReplicaKey, id: LogId) -> bool {
+    fn is_append_pending(&self, key: ReplicaKey, id: LogId) -> bool {
         self.replicas
             .get(&key)
-            .is_some_and(|replica| !replica.lock().written.holds(id))
+            .is_some_and(|replica| !replica.lock().written.has_entry(id))
     }
 
     /// Follows records that are written, as replay would. Nobody sees a part of them.

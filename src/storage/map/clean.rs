@@ -25,15 +25,15 @@ impl ReplicaMapInner {
     /// becomes the clean table. One that is much smaller than the clean table is put into that
     /// instead: a single write must not make the gets of all other keys slow.
     ///
-    /// Only for the holder of the pen.
+    /// Only for whoever has the writer locked.
     pub(super) fn retire_oldest(&self) {
-        let Some(oldest) = self.read_tables().frozen.front().cloned() else {
+        let Some(oldest) = self.read_memtables().frozen.front().cloned() else {
             return;
         };
         let is_merged = self.merge_into_clean(&oldest.table);
         drop(oldest);
 
-        let mut tables = self.write_tables();
+        let mut tables = self.write_memtables();
         let clean_before = tables.clean_bytes();
         let Some(retired) = tables.retire_oldest() else {
             return;
@@ -58,14 +58,14 @@ impl ReplicaMapInner {
     /// far smaller than that. False: they are not, or not all of them, and another table has to
     /// take its place. Readers see no difference meanwhile, because `written` is still above.
     fn merge_into_clean(&self, written: &Memtable) -> bool {
-        if 2 * written.bytes() > self.read_tables().clean_bytes() {
+        if 2 * written.bytes() > self.read_memtables().clean_bytes() {
             return false;
         }
         let bytes_max = self.shared.options.table_bytes_max;
         let mut changes = written.iter().peekable();
 
         while changes.peek().is_some() {
-            let mut tables = self.write_tables();
+            let mut tables = self.write_memtables();
             // It may have been dropped between two turns, or somebody else holds it for a moment.
             let Some(clean) = tables.clean.as_mut().and_then(Arc::get_mut) else {
                 return false;
@@ -82,7 +82,7 @@ impl ReplicaMapInner {
     /// Lets go of the clean table.
     pub(super) fn drop_clean(&self) {
         let dropped: Option<Arc<ImmutableMemtable>> = {
-            let mut tables = self.write_tables();
+            let mut tables = self.write_memtables();
             self.shared.clean_bytes.replace(tables.clean_bytes(), 0);
             tables.clean.take()
         };
@@ -91,7 +91,7 @@ impl ReplicaMapInner {
 
     /// Returns what the clean table takes.
     pub(super) fn clean_bytes(&self) -> usize {
-        self.read_tables().clean_bytes()
+        self.read_memtables().clean_bytes()
     }
 }
 

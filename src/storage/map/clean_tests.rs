@@ -117,7 +117,7 @@ fn a_clean_table_that_is_full_forgets_what_it_has_no_room_for() {
 
 /// Every clean entry is that of the tree, unless a table above hides it; and the sums are right.
 fn assert_clean_is_true(store: &MapStore, state: &ReplicaMap, context: &str) {
-    let tables = state.replica.read_tables();
+    let tables = state.replica.read_memtables();
     assert_eq!(
         store.metrics().clean_bytes,
         tables.clean_bytes(),

@@ -3,7 +3,7 @@
 //!
 //! One replica after another, while it serves and is written to:
 //! 1. A new generation of its tree is begun in the fresh place.
-//! 2. Pages of pairs are copied to it, each with the pen in hand, so that the tree stands still;
+//! 2. Pages of pairs are copied to it, each with the writer locked, so that the tree stands still;
 //!    between two pages others have their turn. A checkpoint meanwhile writes to both trees what is
 //!    before the place that the copy has come to.
 //! 3. With the last page the copy has the digest of the tree, or one of them is damaged. It gets
@@ -32,7 +32,7 @@ use crate::storage::tree::Tree;
 /// Of what a place takes, so many parts may be garbage for one that is not. Copying then costs a
 /// fraction of what was written since the last time.
 const GARBAGE_FACTOR: u64 = 3;
-/// A page ends once this much is copied: so long the pen is held.
+/// A page ends once this much is copied: the writer is locked for that long.
 const PAGE_BYTES: u64 = 256 << 10;
 /// Pages between two flushes of the copy: the trees keep in memory what is not flushed. Then it is
 /// seen, too, whether there is still room for the rest.
@@ -204,16 +204,16 @@ fn copy_if_outdated(
     let trees = &*replica.shared.trees;
     let outdated = trees.outdated()?;
     let is_outdated = |generation: u64| outdated.contains(&tree_name(replica.key, generation));
-    let generation = replica.lock_pen_last().record.generation;
+    let generation = replica.lock_writer_last().record.generation;
     let copied = match is_outdated(generation) {
         true => Some(copy(replica, keep_on)?),
         false => None,
     };
     if copied != Some(Copied::Ended) {
         let generations = open::generations(trees, replica.key)?;
-        let pen = replica.lock_pen_last();
-        let (current, is_prepared) = (pen.record.generation, pen.prepared.is_some());
-        drop(pen);
+        let writer = replica.lock_writer_last();
+        let (current, is_prepared) = (writer.record.generation, writer.prepared.is_some());
+        drop(writer);
         // One that is to take the tree's place has no record yet; whoever prepared it removes the
         // rest.
         if !is_prepared {
@@ -230,25 +230,25 @@ fn copy(replica: &Arc<ReplicaMapInner>, keep_on: &dyn Fn() -> bool) -> Result<Co
         if !keep_on() {
             break Ok(Copied::Ended);
         }
-        let mut pen = replica.lock_pen_last();
-        // What waits to be written would else wait for the end of the copy: whoever finds the pen
-        // taken goes away.
-        if let Err(error) = replica.checkpoint_ready(&mut pen) {
+        let mut writer = replica.lock_writer_last();
+        // What waits to be written would else wait for the end of the copy: whoever finds the
+        // writer taken goes away.
+        if let Err(error) = replica.checkpoint_ready(&mut writer) {
             break if replica.is_wiped() {
                 Ok(Copied::Ended)
             } else {
                 Err(error)
             };
         }
-        match step(replica, &mut pen, generation, &mut pages) {
+        match step(replica, &mut writer, generation, &mut pages) {
             Ok(None) => {}
             Ok(Some(copied)) => break Ok(copied),
             Err(error) => break Err(error),
         }
     };
     if !matches!(copied, Ok(Copied::Switched)) {
-        let mut pen = replica.lock_pen_last();
-        if pen
+        let mut writer = replica.lock_writer_last();
+        if writer
             .copy
             .take_if(|copy| copy.generation == generation)
             .is_some()
@@ -265,7 +265,7 @@ fn copy(replica: &Arc<ReplicaMapInner>, keep_on: &dyn Fn() -> bool) -> Result<Co
 /// Begins a copy as a new generation, which it returns.
 fn begin(replica: &Arc<ReplicaMapInner>) -> Result<u64, StoreError> {
     let trees = &*replica.shared.trees;
-    let mut pen = replica.lock_pen_last();
+    let mut writer = replica.lock_writer_last();
     replica.check()?;
     // The place may have been begun long ago, when there was more.
     trees.ensure_room(replica.map_bytes())?;
@@ -273,11 +273,11 @@ fn begin(replica: &Arc<ReplicaMapInner>) -> Result<u64, StoreError> {
         .first()
         .copied()
         .unwrap_or(0);
-    let generation = newest.max(pen.record.generation) + 1;
+    let generation = newest.max(writer.record.generation) + 1;
     let tree = trees.open(&tree_name(replica.key, generation))?;
     let next = Bytes::from_static(CORE_KEYS_START);
     let (digest, hasher) = (Digest::default(), PairHasher::default());
-    pen.copy = Some(TreeCopy {
+    writer.copy = Some(TreeCopy {
         tree,
         generation,
         next,
@@ -291,18 +291,18 @@ fn begin(replica: &Arc<ReplicaMapInner>) -> Result<u64, StoreError> {
 /// Copies one page, and ends the copy after the last. None: there is more.
 fn step(
     replica: &Arc<ReplicaMapInner>,
-    pen: &mut TreeWriter,
+    writer: &mut TreeWriter,
     generation: u64,
     pages: &mut u32,
 ) -> Result<Option<Copied>, StoreError> {
-    let Some(copy) = pen
+    let Some(copy) = writer
         .copy
         .as_mut()
         .filter(|copy| copy.generation == generation)
     else {
         return Ok(Some(Copied::Ended));
     };
-    let tree = replica.read_tables().tree.clone();
+    let tree = replica.read_memtables().tree.clone();
     let is_more = copy.copy_page(&*tree, replica.shared.options.copy_page_pairs)?;
     *pages += 1;
     if pages.is_multiple_of(PAGES_UNFLUSHED_MAX) {
@@ -315,7 +315,7 @@ fn step(
     if is_more {
         return Ok(None);
     }
-    if copy.digest != pen.record.digest {
+    if copy.digest != writer.record.digest {
         let error = StoreError::Damaged(format!(
             "the tree of {} no longer matches its digest",
             replica.key
@@ -325,12 +325,12 @@ fn step(
     }
     let record = TreeRecord {
         generation,
-        ..pen.record.clone()
+        ..writer.record.clone()
     };
     copy.tree.write(RECORD_KEY, Some(&record.encode()))?;
     copy.tree.flush()?;
-    replica.write_tables().tree = copy.tree.clone();
-    pen.record = record;
-    pen.copy = None;
+    replica.write_memtables().tree = copy.tree.clone();
+    writer.record = record;
+    writer.copy = None;
     Ok(Some(Copied::Switched))
 }

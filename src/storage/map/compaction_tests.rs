@@ -135,8 +135,8 @@ fn a_copy_that_any_step_cuts_short_leaves_a_true_map_and_is_done_again() {
         state.build_snapshot().expect("built");
         let steps = AtomicU64::new(0);
         trees.set_fault(Arc::new(move |_| {
-            let is_disconnected = steps.fetch_add(1, Ordering::Relaxed) >= cut;
-            if is_disconnected {
+            let is_cut = steps.fetch_add(1, Ordering::Relaxed) >= cut;
+            if is_cut {
                 Err(io::Error::other("cut"))
             } else {
                 Ok(())

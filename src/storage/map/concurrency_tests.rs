@@ -109,7 +109,7 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
     let waiting = Arc::new(Mutex::new(Some(built)));
     let (also_waiting, publisher) = (waiting.clone(), state.clone());
     disk.watch(move |change| {
-        let is_free = || publisher.replica.shelf.try_lock().is_some();
+        let is_free = || publisher.replica.current_snapshot.try_lock().is_some();
         if matches!(change, DiskChange::SyncDir(_))
             && is_free()
             && let Some(built) = also_waiting.lock().take()
@@ -336,7 +336,7 @@ fn a_scan_gives_way_to_an_install() {
                     let received = send(&donated, &installer);
                     installer.install(&received).expect("installed");
                 }));
-                while !state.replica.is_pen_wanted() {
+                while !state.replica.is_writer_wanted() {
                     std::thread::yield_now();
                 }
             }

@@ -517,7 +517,7 @@ fn with_its_snapshot_damaged_a_true_older_tree_is_kept_and_the_damage_told() {
     log.replay(&state, 50).expect("applied");
     while checkpointer.pump() {}
     trees.sync().expect("synced");
-    let tree_at = index_of(&state.replica.read_tables().tree_applied);
+    let tree_at = index_of(&state.replica.read_memtables().tree_applied);
     assert!(tree_at > 0);
     let (donated, _donor) = donated(&log, 200);
     let received = send(&donated, &state);

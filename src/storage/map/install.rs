@@ -35,19 +35,19 @@ impl ReplicaMap {
     /// The map serves on as if nothing had been begun.
     pub fn prepare(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
         let replica = &self.replica;
-        let mut pen = replica.lock_pen_first();
+        let mut writer = replica.lock_writer_first();
         replica.check()?;
-        discard(replica, &mut pen);
-        if snapshot.applied().log_id <= replica.read_tables().applied.log_id {
+        discard(replica, &mut writer);
+        if snapshot.applied().log_id <= replica.read_memtables().applied.log_id {
             return Ok(());
         }
 
         let trees = &*replica.shared.trees;
-        let generation = next_generation(replica, &pen)?;
+        let generation = next_generation(replica, &writer)?;
         let filling = open::fill_generation(trees, replica.key, generation, snapshot);
         // What was begun is no good to anybody.
         let filling = filling.inspect_err(|_| open::drop_one(trees, replica.key, generation))?;
-        pen.prepared = Some(PreparedMap {
+        writer.prepared = Some(PreparedMap {
             snapshot: snapshot.clone(),
             filling,
         });
@@ -63,9 +63,9 @@ impl ReplicaMap {
     /// The old map serves on, unless the replica has failed.
     pub fn install(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
         let replica = &self.replica;
-        let mut pen = replica.lock_pen_first();
+        let mut writer = replica.lock_writer_first();
         replica.check()?;
-        if snapshot.applied().log_id < replica.read_tables().applied.log_id {
+        if snapshot.applied().log_id < replica.read_memtables().applied.log_id {
             return Err(StoreError::Damaged(format!(
                 "{}: a snapshot older than what is applied was to be installed",
                 replica.key
@@ -74,24 +74,24 @@ impl ReplicaMap {
         // In one step for whoever has just built one: it would take this file for an older one, and
         // remove it.
         {
-            let mut shelf = replica.lock_shelf();
+            let mut current_snapshot = replica.lock_current_snapshot();
             snapshot.publish(replica.key)?;
-            *shelf = Some(snapshot.clone());
+            *current_snapshot = Some(snapshot.clone());
         }
 
-        let filled = match pen.prepared.take_if(|prepared| prepared.is_of(snapshot)) {
+        let filled = match writer.prepared.take_if(|prepared| prepared.is_of(snapshot)) {
             Some(prepared) => Ok(prepared.filling),
             None => {
-                discard(replica, &mut pen);
-                let generation = next_generation(replica, &pen)?;
+                discard(replica, &mut writer);
+                let generation = next_generation(replica, &writer)?;
                 open::fill_generation(&*replica.shared.trees, replica.key, generation, snapshot)
             }
         };
         let finished = filled.and_then(TreeFilling::finish);
         let (tree, record, map_bytes) = finished
             .inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
-        pen.record = record.clone();
-        pen.copy = None;
+        writer.record = record.clone();
+        writer.copy = None;
         replica.set_map_bytes(map_bytes);
         drop(replica.switch(Memtables::new(tree, record.applied)));
         replica
@@ -107,21 +107,21 @@ impl ReplicaMap {
     /// prepared and not installed. What remains is found by the next start. Blocking.
     pub fn tidy(&self) -> Result<(), StoreError> {
         let replica = &self.replica;
-        let mut pen = replica.lock_pen_last();
+        let mut writer = replica.lock_writer_last();
         replica.check()?;
-        discard(replica, &mut pen);
+        discard(replica, &mut writer);
         let trees = &*replica.shared.trees;
-        if pen.copy.is_none() {
+        if writer.copy.is_none() {
             let generations = open::generations(trees, replica.key)?;
-            open::drop_others(trees, replica.key, &generations, pen.record.generation);
+            open::drop_others(trees, replica.key, &generations, writer.record.generation);
         }
         replica.remove_old_snapshots()
     }
 }
 
 /// Drops what was prepared, if anything was.
-fn discard(replica: &ReplicaMapInner, pen: &mut TreeWriter) {
-    if let Some(prepared) = pen.prepared.take() {
+fn discard(replica: &ReplicaMapInner, writer: &mut TreeWriter) {
+    if let Some(prepared) = writer.prepared.take() {
         let generation = prepared.filling.generation();
         drop(prepared);
         open::drop_one(&*replica.shared.trees, replica.key, generation);
@@ -129,12 +129,12 @@ fn discard(replica: &ReplicaMapInner, pen: &mut TreeWriter) {
 }
 
 /// Returns a generation that there is no tree of.
-fn next_generation(replica: &Arc<ReplicaMapInner>, pen: &TreeWriter) -> Result<u64, StoreError> {
+fn next_generation(replica: &Arc<ReplicaMapInner>, writer: &TreeWriter) -> Result<u64, StoreError> {
     let generations = open::generations(&*replica.shared.trees, replica.key)?;
     Ok(generations
         .first()
         .copied()
         .unwrap_or(0)
-        .max(pen.record.generation)
+        .max(writer.record.generation)
         + 1)
 }

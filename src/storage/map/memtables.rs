@@ -371,7 +371,7 @@ impl Read for ReadGuard<'_> {
         match self.change_of(key) {
             Some(change) => Ok(change
                 .as_ref()
-                .map(|value| ValueStart::of(value, bytes_max))),
+                .map(|value| ValueStart::from_value(value, bytes_max))),
             None => self.tables.tree.start_of(key, bytes_max),
         }
     }
@@ -388,7 +388,7 @@ impl Read for ReadGuard<'_> {
         direction: Direction,
         bytes_max: usize,
     ) -> Items<'a, ValueStart> {
-        let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
+        let start = move |value: &Bytes| ValueStart::from_value(value, bytes_max);
         self.scan_as(range, direction, start, |tree, range| {
             tree.scan_starts(range, direction, bytes_max)
         })

@@ -11,9 +11,9 @@
 //!    taking the hashes of old pairs out and putting those of new ones in. Before the first pair
 //!    all of it goes to a file (`redo`), by which a start finishes a checkpoint that was cut short.
 //!    The table then stays for gets (`clean`).
-//! 4. [`ReplicaMap::build_snapshot`] holds the replica's pen, so that the tree stands still, and
-//!    copies it to a snapshot file. Past a limit of tables waiting meanwhile it gives up, lets them
-//!    be written, and begins anew; the third time the writers wait instead.
+//! 4. [`ReplicaMap::build_snapshot`] holds the replica's writer locked, so that the tree stands
+//!    still, and copies it to a snapshot file. Past a limit of tables waiting meanwhile it gives
+//!    up, lets them be written, and begins anew; the third time the writers wait instead.
 //! 5. [`ReplicaMap::prepare`] fills a new generation of the tree from a received file, and
 //!    [`ReplicaMap::install`] publishes the file and switches in one step: the record comes last,
 //!    and the highest generation with a true record is the tree.

@@ -6,7 +6,7 @@ use super::Applied;
 use super::digest::{Digest, PairHasher};
 use super::record::{RECORD_KEY, RESERVED, TreeRecord, generation_of, tree_name};
 use super::redo::{Redo, RedoFiles};
-use super::store::is_of_the_machine;
+use super::store::is_about_machine;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::snapshot::Snapshot;
@@ -91,7 +91,7 @@ pub(super) fn open_map(
         }
         (Some((_, record, _)), _) => format!(
             "it is at {} and older than the snapshot file",
-            shown(&record.applied)
+            describe(&record.applied)
         ),
         (None, Some(reason)) => reason,
         (None, None) if snapshots.is_empty() => {
@@ -133,11 +133,11 @@ pub(super) fn open_map(
     let ((tree, record, map_bytes), from_snapshot) = rebuilt.inspect_err(|error| {
         // The trees are not to blame for a full disk: without them all maps would be filled anew,
         // which takes still more room.
-        if !is_of_the_machine(error) && trees.given_up().is_none() {
+        if !is_about_machine(error) && trees.given_up().is_none() {
             trees.condemn(&error.to_string());
         }
     })?;
-    tracing::warn!(replica = %key, %reason, from_snapshot, applied = %shown(&record.applied), "the \
+    tracing::warn!(replica = %key, %reason, from_snapshot, applied = %describe(&record.applied), "the \
         tree of a replica was rebuilt");
     drop_others(trees, key, &generations, record.generation);
     let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
@@ -297,7 +297,7 @@ fn open_snapshots(
     key: ReplicaKey,
 ) -> Result<(Vec<Snapshot>, Option<String>), StoreError> {
     let (mut snapshots, mut damaged) = (Vec::new(), None);
-    for published in files.of(key)? {
+    for published in files.list_of(key)? {
         match Snapshot::open(files, &published.path) {
             Ok(snapshot)
                 if snapshot.written_by().group == key.group
@@ -372,7 +372,7 @@ fn is_hang(error: &StoreError) -> bool {
     matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::TimedOut)
 }
 
-fn is_of_the_data(error: &StoreError) -> bool {
+fn is_about_data(error: &StoreError) -> bool {
     matches!(
         error,
         StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidData
@@ -390,7 +390,7 @@ fn check_or_finish(
     let redo = redo.filter(|redo| redo.record.generation == generation);
     let verdict = match check(tree, key, generation) {
         // A value that has lost its pieces: it may be one of those that were being written.
-        Err(error @ StoreError::Io { .. }) if redo.is_some() && is_of_the_data(&error) => {
+        Err(error @ StoreError::Io { .. }) if redo.is_some() && is_about_data(&error) => {
             TreeVerdict::Bad(error.to_string())
         }
         checked => checked?,
@@ -440,7 +440,7 @@ fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<TreeVerdic
     })
 }
 
-fn shown(applied: &Applied) -> String {
+fn describe(applied: &Applied) -> String {
     applied
         .log_id
         .map_or_else(|| "the beginning".to_owned(), |log_id| log_id.to_string())

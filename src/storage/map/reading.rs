@@ -301,7 +301,7 @@ pub struct Preview {
 impl Preview {
     fn tables<T>(&self, look: impl FnOnce(&ReadGuard<'_>) -> T) -> T {
         look(&ReadGuard {
-            tables: self.replica.read_tables(),
+            tables: self.replica.read_memtables(),
         })
     }
 
@@ -428,7 +428,7 @@ impl Read for Preview {
         if is_reserved(key) {
             return Ok(None);
         }
-        self.find(key, |value| ValueStart::of(value, bytes_max))
+        self.find(key, |value| ValueStart::from_value(value, bytes_max))
             .or_else(|tree| tree.start_of(key, bytes_max))
     }
 
@@ -448,7 +448,7 @@ impl Read for Preview {
         direction: Direction,
         bytes_max: usize,
     ) -> Items<'a, ValueStart> {
-        let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
+        let start = move |value: &Bytes| ValueStart::from_value(value, bytes_max);
         self.scan_as(
             range,
             direction,

@@ -1,7 +1,7 @@
 //! [`ReplicaMap`]: the map of one replica while it runs.
 //!
-//! Two locks, always taken in this order: the *pen* (whoever holds it writes the tree, or keeps
-//! others from writing it), then the tables. The shelf (the current snapshot) is taken last and
+//! Two locks, always taken in this order: the writer (whoever locks it writes the tree, or keeps
+//! others from writing it), then the memtables. The current snapshot is locked last and
 //! never held while another is waited for.
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -43,18 +43,18 @@ pub(super) struct ReplicaMapInner {
     pub key: ReplicaKey,
     pub shared: Arc<MapStoreInner>,
     synced: Arc<dyn Synced>,
-    tables: RwLock<Memtables>,
-    pen: Mutex<TreeWriter>,
-    pub shelf: Mutex<Option<Snapshot>>,
-    /// Bytes of the keys and values in the tree. Changed by the holder of the pen.
+    memtables: RwLock<Memtables>,
+    writer: Mutex<TreeWriter>,
+    pub current_snapshot: Mutex<Option<Snapshot>>,
+    /// Bytes of the keys and values in the tree. Changed by whoever has the writer locked.
     map_bytes: AtomicU64,
     /// Number of waiters that go before a snapshot scan.
     waiting: Mutex<usize>,
     none_waiting: Condvar,
     /// A checkpoint of it is queued.
     queued: AtomicBool,
-    /// One found the pen taken: whoever gives it back queues another.
-    passed_over: AtomicBool,
+    /// Set by a checkpoint that found the writer locked: whoever unlocks it queues another.
+    checkpoint_missed: AtomicBool,
     /// The reason why nothing more is applied. Final.
     failure: OnceLock<String>,
     wiped: AtomicBool,
@@ -85,10 +85,11 @@ pub(super) struct TreeWriter {
     pub prepared: Option<PreparedMap>,
 }
 
-/// The pen, in somebody's hand. A checkpoint that came by meanwhile is queued again afterwards.
+/// A locked [`TreeWriter`]. A checkpoint that was passed over meanwhile is queued when it is
+/// unlocked.
 pub(super) struct WriterGuard<'a> {
     /// None once it is given back.
-    pen: Option<MutexGuard<'a, TreeWriter>>,
+    writer: Option<MutexGuard<'a, TreeWriter>>,
     replica: &'a Arc<ReplicaMapInner>,
 }
 
@@ -96,20 +97,22 @@ impl Deref for WriterGuard<'_> {
     type Target = TreeWriter;
 
     fn deref(&self) -> &TreeWriter {
-        self.pen.as_deref().expect("it is held until the end")
+        self.writer.as_deref().expect("it is held until the end")
     }
 }
 
 impl DerefMut for WriterGuard<'_> {
     fn deref_mut(&mut self) -> &mut TreeWriter {
-        self.pen.as_deref_mut().expect("it is held until the end")
+        self.writer
+            .as_deref_mut()
+            .expect("it is held until the end")
     }
 }
 
 impl Drop for WriterGuard<'_> {
     fn drop(&mut self) {
-        self.pen = None;
-        if self.replica.passed_over.swap(false, Ordering::AcqRel) {
+        self.writer = None;
+        if self.replica.checkpoint_missed.swap(false, Ordering::AcqRel) {
             self.replica.queue();
         }
     }
@@ -134,20 +137,20 @@ impl ReplicaMap {
             key,
             shared,
             synced,
-            tables: RwLock::new(Memtables::new(tree, record.applied.clone())),
-            pen: Mutex::new(TreeWriter {
+            memtables: RwLock::new(Memtables::new(tree, record.applied.clone())),
+            writer: Mutex::new(TreeWriter {
                 record,
                 redo: None,
                 copy: None,
                 check: None,
                 prepared: None,
             }),
-            shelf: Mutex::new(snapshot),
+            current_snapshot: Mutex::new(snapshot),
             map_bytes: AtomicU64::new(map_bytes),
             waiting: Mutex::new(0),
             none_waiting: Condvar::new(),
             queued: AtomicBool::new(false),
-            passed_over: AtomicBool::new(false),
+            checkpoint_missed: AtomicBool::new(false),
             failure: OnceLock::new(),
             wiped: AtomicBool::new(false),
             digests: Mutex::default(),
@@ -169,14 +172,14 @@ impl ReplicaMap {
     }
 
     pub fn applied(&self) -> Applied {
-        self.replica.read_tables().applied.clone()
+        self.replica.read_memtables().applied.clone()
     }
 
     /// The map at this point in time, for several reads. Nothing is applied while the guard lives,
     /// so long scans go in pages.
     pub fn read(&self) -> ReadGuard<'_> {
         ReadGuard {
-            tables: self.replica.read_tables(),
+            tables: self.replica.read_memtables(),
         }
     }
 
@@ -197,7 +200,7 @@ impl ReplicaMap {
             .is_some_and(|(key, _)| key.first().is_none_or(|byte| *byte == RESERVED));
         assert!(!reserved, "{}: a change of a reserved key", replica.key);
         let frozen = {
-            let mut tables = replica.write_tables();
+            let mut tables = replica.write_memtables();
             if applied.log_id <= tables.applied.log_id {
                 return Err(StoreError::Damaged(format!(
                     "{}: an entry that is in the map was to be applied",
@@ -223,8 +226,8 @@ impl ReplicaMap {
 
     /// Changes the map behind the back of the log, as a fault of program, machine or disk would.
     #[cfg(any(test, feature = "testing"))]
-    pub fn spoil(&self, batch: WriteBatch) {
-        let mut tables = self.replica.write_tables();
+    pub fn corrupt(&self, batch: WriteBatch) {
+        let mut tables = self.replica.write_memtables();
         let before = tables.active.bytes();
         tables.active.apply(batch);
         self.replica
@@ -277,12 +280,12 @@ impl ReplicaMap {
     /// then holds at least that.
     pub async fn settle(&self) {
         let last = self.replica.freeze_rest();
-        let last = last.or_else(|| self.replica.read_tables().frozen.back().cloned());
+        let last = last.or_else(|| self.replica.read_memtables().frozen.back().cloned());
         let Some(last) = last else { return };
         // Another map may be installed meanwhile: then the table waits for nothing more.
         let gone = |replica: &ReplicaMapInner| {
             !replica
-                .read_tables()
+                .read_memtables()
                 .frozen
                 .iter()
                 .any(|frozen| Arc::ptr_eq(frozen, &last))
@@ -315,7 +318,7 @@ impl ReplicaMap {
 
     /// The newest durable snapshot file.
     pub fn current_snapshot(&self) -> Option<Snapshot> {
-        self.replica.lock_shelf().clone()
+        self.replica.lock_current_snapshot().clone()
     }
 
     /// A file for a snapshot that arrives from another replica.
@@ -336,7 +339,7 @@ impl ReplicaMap {
     }
 
     pub fn bytes(&self) -> MemtableBytes {
-        let tables = self.replica.read_tables();
+        let tables = self.replica.read_memtables();
         MemtableBytes {
             active: tables.active.bytes(),
             frozen: tables.frozen_bytes,
@@ -345,22 +348,22 @@ impl ReplicaMap {
 }
 
 impl ReplicaMapInner {
-    pub fn read_tables(&self) -> RwLockReadGuard<'_, Memtables> {
-        self.tables.read()
+    pub fn read_memtables(&self) -> RwLockReadGuard<'_, Memtables> {
+        self.memtables.read()
     }
 
-    pub fn write_tables(&self) -> RwLockWriteGuard<'_, Memtables> {
-        self.tables.write()
+    pub fn write_memtables(&self) -> RwLockWriteGuard<'_, Memtables> {
+        self.memtables.write()
     }
 
-    pub fn lock_shelf(&self) -> MutexGuard<'_, Option<Snapshot>> {
-        self.shelf.lock()
+    pub fn lock_current_snapshot(&self) -> MutexGuard<'_, Option<Snapshot>> {
+        self.current_snapshot.lock()
     }
 
     /// Removes every snapshot file of this replica but the current one.
     pub fn remove_old_snapshots(&self) -> Result<(), StoreError> {
-        let shelf = self.lock_shelf();
-        let current = shelf.as_ref().map(Snapshot::path);
+        let current_snapshot = self.lock_current_snapshot();
+        let current = current_snapshot.as_ref().map(Snapshot::path);
         self.shared
             .files
             .remove_others(self.key, current.as_deref())
@@ -376,48 +379,51 @@ impl ReplicaMapInner {
 
     /// Of its snapshot file.
     pub fn snapshot_bytes(&self) -> u64 {
-        self.lock_shelf().as_ref().map_or(0, Snapshot::bytes_len)
+        self.lock_current_snapshot()
+            .as_ref()
+            .map_or(0, Snapshot::bytes_len)
     }
 
-    /// The pen, after those who want it more.
-    pub fn lock_pen_last(self: &Arc<Self>) -> WriterGuard<'_> {
+    /// Locks the writer, after those who go first.
+    pub fn lock_writer_last(self: &Arc<Self>) -> WriterGuard<'_> {
         let mut waiting = self.waiting.lock();
         self.none_waiting
             .wait_while(&mut waiting, |waiting| *waiting > 0);
         drop(waiting);
-        self.lock_pen()
+        self.lock_writer()
     }
 
-    /// The pen, before a snapshot scan that holds it: the scan gives up.
-    pub fn lock_pen_first(self: &Arc<Self>) -> WriterGuard<'_> {
+    /// Locks the writer before a snapshot scan that has it: the scan gives up.
+    pub fn lock_writer_first(self: &Arc<Self>) -> WriterGuard<'_> {
         *self.waiting.lock() += 1;
-        let pen = self.lock_pen();
+        let writer = self.lock_writer();
         *self.waiting.lock() -= 1;
         self.none_waiting.notify_all();
-        pen
+        writer
     }
 
-    pub fn is_pen_wanted(&self) -> bool {
+    pub fn is_writer_wanted(&self) -> bool {
         *self.waiting.lock() > 0
     }
 
-    fn lock_pen(self: &Arc<Self>) -> WriterGuard<'_> {
+    fn lock_writer(self: &Arc<Self>) -> WriterGuard<'_> {
         WriterGuard {
-            pen: Some(self.pen.lock()),
+            writer: Some(self.writer.lock()),
             replica: self,
         }
     }
 
-    /// The pen, if nobody has it. Else whoever has it queues a checkpoint when it is given back.
-    fn try_lock_pen(self: &Arc<Self>) -> Option<WriterGuard<'_>> {
+    /// Locks the writer, if it is free. Otherwise whoever has it queues a checkpoint when it is
+    /// unlocked back.
+    fn try_lock_writer(self: &Arc<Self>) -> Option<WriterGuard<'_>> {
         let free = || {
-            self.pen.try_lock().map(|pen| WriterGuard {
-                pen: Some(pen),
+            self.writer.try_lock().map(|writer| WriterGuard {
+                writer: Some(writer),
                 replica: self,
             })
         };
         free().or_else(|| {
-            self.passed_over.store(true, Ordering::Release);
+            self.checkpoint_missed.store(true, Ordering::Release);
             // It may have been given back just before that was said.
             free()
         })
@@ -458,20 +464,20 @@ impl ReplicaMapInner {
 
     fn has_room(&self) -> bool {
         let options = &self.shared.options;
-        self.read_tables().frozen_bytes <= options.frozen_bytes_max
+        self.read_memtables().frozen_bytes <= options.frozen_bytes_max
             && self.shared.frozen_bytes.get() <= options.node_bytes_max / 2
     }
 
     fn has_ample_room(&self) -> bool {
         let options = &self.shared.options;
-        self.read_tables().frozen_bytes <= options.frozen_bytes_max / 4
+        self.read_memtables().frozen_bytes <= options.frozen_bytes_max / 4
             && self.shared.frozen_bytes.get() <= options.node_bytes_max / 8
     }
 
     /// Returns true if too many tables wait for a snapshot scan.
     pub fn is_crowded(&self) -> bool {
         let options = &self.shared.options;
-        self.read_tables().frozen_bytes > options.frozen_bytes_max / 2
+        self.read_memtables().frozen_bytes > options.frozen_bytes_max / 2
             || self.shared.frozen_bytes.get() > options.node_bytes_max / 4
     }
 
@@ -487,7 +493,7 @@ impl ReplicaMapInner {
     /// frozen one is queued.
     pub fn freeze_rest(self: &Arc<Self>) -> Option<Arc<ImmutableMemtable>> {
         let frozen = {
-            let mut tables = self.write_tables();
+            let mut tables = self.write_memtables();
             let said = tables
                 .frozen
                 .back()
@@ -534,23 +540,23 @@ impl ReplicaMapInner {
         }
     }
 
-    /// Does the queued checkpoint, unless another has the pen: there is one thread for the
+    /// Does the queued checkpoint, unless another has it locked: there is one thread for the
     /// checkpoints of all replicas, which waits for none of them.
     pub fn checkpoint(self: &Arc<Self>) {
         self.queued.store(false, Ordering::Release);
-        let Some(mut pen) = self.try_lock_pen() else {
+        let Some(mut writer) = self.try_lock_writer() else {
             return;
         };
         // Its caller can do nothing about an error; the next apply meets it.
-        let _ = self.checkpoint_ready(&mut pen);
+        let _ = self.checkpoint_ready(&mut writer);
     }
 
     /// Writes the frozen tables that may be written to the tree, the oldest first.
-    pub fn checkpoint_ready(&self, pen: &mut TreeWriter) -> Result<(), StoreError> {
+    pub fn checkpoint_ready(&self, writer: &mut TreeWriter) -> Result<(), StoreError> {
         loop {
             self.check()?;
             let (frozen, tree) = {
-                let tables = self.read_tables();
+                let tables = self.read_memtables();
                 match tables.frozen.front() {
                     Some(frozen) if frozen.is_synced() => (frozen.clone(), tables.tree.clone()),
                     Some(_) | None => return Ok(()),
@@ -560,10 +566,10 @@ impl ReplicaMapInner {
                 return Ok(());
             }
             let started = Instant::now();
-            let written = self.write_table(&*tree, &frozen, pen).and_then(|()| {
+            let written = self.flush_memtable(&*tree, &frozen, writer).and_then(|()| {
                 self.retire_oldest();
                 tree.flush()?;
-                pen.redo.as_mut().map_or(Ok(()), RedoFile::empty)
+                writer.redo.as_mut().map_or(Ok(()), RedoFile::empty)
             });
             written.inspect_err(|error| self.fail(&format!("a checkpoint failed: {error}")))?;
             self.shared.beat.step();
@@ -591,46 +597,46 @@ impl ReplicaMapInner {
 
     /// Writes a table and the record that goes with it. Until the tree is flushed, the redo file
     /// says what was written.
-    fn write_table(
+    fn flush_memtable(
         &self,
         tree: &dyn Tree,
         frozen: &ImmutableMemtable,
-        pen: &mut TreeWriter,
+        writer: &mut TreeWriter,
     ) -> Result<(), StoreError> {
         let (redo, map_bytes) = redo_of(
             tree,
             frozen,
-            &pen.record,
+            &writer.record,
             self.map_bytes.load(Ordering::Relaxed),
         )?;
-        let file = match &mut pen.redo {
+        let file = match &mut writer.redo {
             Some(file) => file,
             none => none.insert(self.shared.redo.file(self.key)?),
         };
         file.write(&redo)?;
-        if let Some(check) = &mut pen.check
+        if let Some(check) = &mut writer.check
             && let Err(error) = check.follow(tree, &redo.changes)
         {
             // Nothing is said of the tree then; another check begins anew.
             tracing::warn!(replica = %self.key, %error, "a check of a tree was given up");
-            pen.check = None;
+            writer.check = None;
         }
         redo.carry_out(tree)?;
-        if let Some(copy) = &mut pen.copy
+        if let Some(copy) = &mut writer.copy
             && let Err(error) = copy.follow(&redo.changes)
         {
             // The tree is as it should be: it goes on without the copy.
             tracing::warn!(replica = %self.key, %error, "a copy of a tree was given up");
-            pen.copy = None;
+            writer.copy = None;
         }
-        pen.record = redo.record;
+        writer.record = redo.record;
         self.map_bytes.store(map_bytes, Ordering::Relaxed);
-        self.note(&pen.record);
+        self.note_digest(&writer.record);
         Ok(())
     }
 
     /// Notes the digest of the tree if it is that which was asked for.
-    fn note(&self, record: &TreeRecord) {
+    fn note_digest(&self, record: &TreeRecord) {
         let mut digests = self.digests.lock();
         if let Some(wanted) = digests
             .wanted
@@ -645,7 +651,7 @@ impl ReplicaMapInner {
 
     /// Puts other tables in the place of these, and gives the old ones back.
     pub fn switch(&self, tables: Memtables) -> Memtables {
-        let old = std::mem::replace(&mut *self.write_tables(), tables);
+        let old = std::mem::replace(&mut *self.write_memtables(), tables);
         self.shared.active_bytes.replace(old.active.bytes(), 0);
         self.shared.frozen_bytes.replace(old.frozen_bytes, 0);
         self.shared.clean_bytes.replace(old.clean_bytes(), 0);
@@ -655,7 +661,7 @@ impl ReplicaMapInner {
 
 impl Drop for ReplicaMapInner {
     fn drop(&mut self) {
-        let tables = self.tables.get_mut();
+        let tables = self.memtables.get_mut();
         self.shared.active_bytes.replace(tables.active.bytes(), 0);
         self.shared.frozen_bytes.replace(tables.frozen_bytes, 0);
         self.shared.clean_bytes.replace(tables.clean_bytes(), 0);

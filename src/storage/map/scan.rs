@@ -1,4 +1,4 @@
-//! Building a snapshot file: a scan of the standing tree, with the pen held.
+//! Building a snapshot file: a scan of the standing tree, with the writer locked.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ const PAIRS_BETWEEN_LOOKS: u64 = 256;
 
 enum Scan {
     Done(SnapshotWriter),
-    /// The tables crowd, or another wants the pen.
+    /// The tables crowd, or another waits for the writer.
     GivenUp {
         crowded: bool,
     },
@@ -65,29 +65,29 @@ pub(super) fn scan(
 ) -> Result<Scanned, StoreError> {
     let mut crowded_scans = 0;
     loop {
-        let mut pen = replica.lock_pen_last();
+        let mut writer = replica.lock_writer_last();
         replica.freeze_rest();
-        replica.checkpoint_ready(&mut pen)?;
+        replica.checkpoint_ready(&mut writer)?;
         replica.check()?;
-        let is_as_new = |current: &&Snapshot| *current.applied() == pen.record.applied;
+        let is_as_new = |current: &&Snapshot| *current.applied() == writer.record.applied;
         if trust == SnapshotTrust::Current
-            && let Some(current) = replica.lock_shelf().as_ref().filter(is_as_new)
+            && let Some(current) = replica.lock_current_snapshot().as_ref().filter(is_as_new)
         {
             return Ok(Scanned::Current(current.clone()));
         }
         let head = SnapshotHead {
             key: replica.key,
-            applied: pen.record.applied.clone(),
+            applied: writer.record.applied.clone(),
         };
         let files = &replica.shared.files;
         let (path, file) = files.create_temporary(replica.key)?;
         let scanned = scan_tree(
             replica,
-            &pen,
+            &writer,
             SnapshotWriter::begin(file, &head),
             crowded_scans < SCANS_GIVEN_UP_MAX,
         );
-        drop(pen);
+        drop(writer);
         let written = match scanned {
             Ok(Scan::Done(writer)) => writer.finish(),
             Ok(Scan::GivenUp { crowded }) => {
@@ -113,12 +113,12 @@ pub(super) fn scan(
 /// durable what rotted in the tree.
 fn scan_tree(
     replica: &ReplicaMapInner,
-    pen: &TreeWriter,
+    tree_writer: &TreeWriter,
     writer: Result<SnapshotWriter, StoreError>,
     may_give_up: bool,
 ) -> Result<Scan, StoreError> {
     let mut writer = writer?;
-    let tree = replica.read_tables().tree.clone();
+    let tree = replica.read_memtables().tree.clone();
     let (mut failed, mut given_up, mut pairs) = (None, None, 0u64);
     tree.walk(&mut |key, value| {
         if key.first().is_none_or(|byte| *byte == RESERVED) {
@@ -127,7 +127,7 @@ fn scan_tree(
         pairs += 1;
         if pairs.is_multiple_of(PAIRS_BETWEEN_LOOKS) {
             let crowded = may_give_up && replica.is_crowded();
-            if crowded || replica.is_pen_wanted() {
+            if crowded || replica.is_writer_wanted() {
                 given_up = Some(Scan::GivenUp { crowded });
                 return Walk::Stop;
             }
@@ -143,7 +143,7 @@ fn scan_tree(
     match (failed, given_up) {
         (Some(error), _) => Err(error),
         (None, Some(given_up)) => Ok(given_up),
-        (None, None) if writer.digest() != pen.record.digest => {
+        (None, None) if writer.digest() != tree_writer.record.digest => {
             let error = StoreError::Damaged(format!(
                 "the tree of {} no longer matches its digest",
                 replica.key
@@ -160,16 +160,16 @@ pub(super) fn publish(
     replica: &ReplicaMapInner,
     snapshot: Snapshot,
 ) -> Result<Snapshot, StoreError> {
-    let mut shelf = replica.lock_shelf();
+    let mut current_snapshot = replica.lock_current_snapshot();
     replica.check()?;
-    if let Some(newer) = shelf
+    if let Some(newer) = current_snapshot
         .as_ref()
         .filter(|current| current.applied().log_id > snapshot.applied().log_id)
     {
         return Ok(newer.clone());
     }
     snapshot.publish(replica.key)?;
-    *shelf = Some(snapshot.clone());
+    *current_snapshot = Some(snapshot.clone());
     replica
         .shared
         .files

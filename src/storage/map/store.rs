@@ -167,7 +167,7 @@ impl MapStore {
             if owner_of(&name).is_some_and(|key| !known.contains(&key)) {
                 let dropped = self.shared.trees.drop_tree(&name);
                 dropped.inspect_err(|error| {
-                    if !is_of_the_machine(error) {
+                    if !is_about_machine(error) {
                         self.shared.trees.condemn(&format!(
                             "the tree {name} of a replica that is gone: {error}"
                         ));
@@ -191,11 +191,11 @@ impl MapStore {
             .and_then(Weak::upgrade);
         let _pen = open.as_ref().map(|replica| {
             replica.retire();
-            replica.lock_pen_first()
+            replica.lock_writer_first()
         });
-        let mut shelf = open.as_ref().map(|replica| replica.lock_shelf());
-        if let Some(shelf) = &mut shelf {
-            **shelf = None;
+        let mut current_snapshot = open.as_ref().map(|replica| replica.lock_current_snapshot());
+        if let Some(current_snapshot) = &mut current_snapshot {
+            **current_snapshot = None;
         }
         for generation in open::generations(&*self.shared.trees, key)? {
             self.shared.trees.drop_tree(&tree_name(key, generation))?;
@@ -222,9 +222,9 @@ impl MapStore {
             let Some(replica) = replica.upgrade() else {
                 continue;
             };
-            let mut pen = replica.lock_pen_first();
+            let mut writer = replica.lock_writer_first();
             replica.freeze_rest();
-            if let Err(error) = replica.checkpoint_ready(&mut pen) {
+            if let Err(error) = replica.checkpoint_ready(&mut writer) {
                 tracing::debug!(replica = %replica.key, %error, "a map was not written down at the \
                     stop");
             }
@@ -298,7 +298,7 @@ impl MapStore {
 
 /// Returns whether an error is about what the machine has left, or what it allows, and says nothing
 /// of the trees.
-pub(super) fn is_of_the_machine(error: &StoreError) -> bool {
+pub(super) fn is_about_machine(error: &StoreError) -> bool {
     use io::ErrorKind::{
         OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull, WouldBlock,
     };
@@ -407,7 +407,7 @@ impl MapStoreInner {
         if self.active_bytes.get() <= self.options.node_bytes_max / 2 {
             return;
         }
-        let active_bytes = |replica: &Arc<ReplicaMapInner>| replica.read_tables().active.bytes();
+        let active_bytes = |replica: &Arc<ReplicaMapInner>| replica.read_memtables().active.bytes();
         let mut by_bytes: Vec<_> = self
             .open_replicas()
             .into_iter()

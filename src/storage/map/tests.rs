@@ -288,7 +288,7 @@ fn a_checkpoint_is_never_ahead_of_the_log() {
         while checkpointer.pump() {}
         let tree_applied = state
             .replica
-            .read_tables()
+            .read_memtables()
             .tree_applied
             .log_id
             .map_or(0, |id| id.index);
@@ -396,18 +396,18 @@ fn a_replica_whose_tree_is_in_use_holds_up_no_other_and_gets_its_checkpoint_afte
     let other = store
         .replica(other_key, TestLog::durable())
         .expect("opened");
-    let pen = busy.replica.lock_pen_first();
+    let writer = busy.replica.lock_writer_first();
     for state in [&busy, &other] {
         let mut batch = WriteBatch::default();
         batch.put("k", vec![0; 5000]);
         state.apply(batch, applied(1)).expect("applied");
         assert!(state.bytes().frozen > 0, "a checkpoint is due");
     }
-    // In this thread: if it waited for the pen, it would for ever.
+    // In this thread: if it waited for the writer, it would for ever.
     while checkpointer.pump() {}
     assert_eq!(other.bytes().frozen, 0);
     assert!(busy.bytes().frozen > 0, "its tree was written to by two");
-    drop(pen);
+    drop(writer);
     while checkpointer.pump() {}
     assert_eq!(busy.bytes().frozen, 0);
 }

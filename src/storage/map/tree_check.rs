@@ -1,7 +1,7 @@
 //! Reading the tree of a replica again while it serves and is written to, to find what has rotted
 //! while it can still be had from elsewhere.
 //!
-//! Pages of pairs are read, each with the pen in hand, so that the tree stands still; between two
+//! Pages of pairs are read, each with the writer locked, so that the tree stands still; between two
 //! pages others have their turn. A checkpoint meanwhile tells the check what it changes before the
 //! place that the check has come to. After the last page the check has the digest that the tree is
 //! to have, or one of the pairs is damaged.
@@ -18,12 +18,12 @@ use super::digest::{Digest, PairHasher};
 use super::open::pair_bytes;
 use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord};
 use super::replica::{ReplicaMapInner, TreeWriter};
-use super::store::is_of_the_machine;
+use super::store::is_about_machine;
 use crate::sm::ports::{Direction, KeyRange, StoreError};
 use crate::storage::tree::Tree;
 use crate::storage::{Checked, ReadPace};
 
-/// A page ends once this much is read, if not sooner: so long the pen is held.
+/// A page ends once this much is read, if not sooner: the writer is locked for that long.
 const PAGE_BYTES: u64 = 256 << 10;
 
 /// A check on its way.
@@ -113,7 +113,7 @@ impl ReplicaMap {
                 Err(_) => break Checked::Unread,
             }
         };
-        replica.lock_pen_last().check = None;
+        replica.lock_writer_last().check = None;
         checked
     }
 
@@ -126,21 +126,21 @@ impl ReplicaMap {
 
 /// Begins a check of the tree. Returns its generation.
 fn begin(replica: &Arc<ReplicaMapInner>) -> u64 {
-    let mut pen = replica.lock_pen_last();
-    let generation = pen.record.generation;
-    pen.check = Some(TreeCheck::new());
+    let mut writer = replica.lock_writer_last();
+    let generation = writer.record.generation;
+    writer.check = Some(TreeCheck::new());
     generation
 }
 
 /// Reads a page, and compares the whole with the record after the last. None: another tree has
 /// taken the place of this one, or the replica has stopped.
 fn step(replica: &Arc<ReplicaMapInner>, generation: u64) -> Result<Option<Page>, StoreError> {
-    let mut pen = replica.lock_pen_last();
-    if replica.check().is_err() || pen.record.generation != generation {
+    let mut writer = replica.lock_writer_last();
+    if replica.check().is_err() || writer.record.generation != generation {
         return Ok(None);
     }
-    let tree = replica.read_tables().tree.clone();
-    let TreeWriter { check, record, .. } = &mut *pen;
+    let tree = replica.read_memtables().tree.clone();
+    let TreeWriter { check, record, .. } = &mut *writer;
     let Some(check) = check.as_mut() else {
         return Ok(None);
     };
@@ -174,5 +174,5 @@ fn compare(tree: &dyn Tree, known: &TreeRecord, read: Digest) -> Result<(), Stor
 /// Returns whether an error says something of the tree, and not of the machine, nor of a process
 /// that can't use any tree any more.
 fn is_of_the_tree(replica: &ReplicaMapInner, error: &StoreError) -> bool {
-    !is_of_the_machine(error) && replica.shared.trees.given_up().is_none()
+    !is_about_machine(error) && replica.shared.trees.given_up().is_none()
 }

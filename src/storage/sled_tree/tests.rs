@@ -306,7 +306,7 @@ fn large_values_are_cut_and_come_back_whole() {
             assert_eq!(tree.get(key).expect("readable").as_ref(), Some(value));
             assert_eq!(
                 tree.start_of(key, 100).expect("readable"),
-                Some(ValueStart::of(value, 100))
+                Some(ValueStart::from_value(value, 100))
             );
         }
     };

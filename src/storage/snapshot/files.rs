@@ -105,7 +105,7 @@ impl SnapshotFiles {
     }
 
     /// The published files of a replica, the newest first.
-    pub fn of(&self, key: ReplicaKey) -> Result<Vec<Published>, StoreError> {
+    pub fn list_of(&self, key: ReplicaKey) -> Result<Vec<Published>, StoreError> {
         let mut published: Vec<Published> = self
             .names()?
             .iter()
@@ -124,7 +124,7 @@ impl SnapshotFiles {
     pub fn remove_others(&self, key: ReplicaKey, keep: Option<&Path>) -> Result<(), StoreError> {
         let mut removed = false;
         for published in self
-            .of(key)?
+            .list_of(key)?
             .iter()
             .filter(|published| Some(&*published.path) != keep)
         {

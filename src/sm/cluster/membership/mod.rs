@@ -77,15 +77,15 @@ pub fn next_step(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep 
     if !surplus.is_empty() {
         return MembershipStep::RemoveLearners(surplus);
     }
-    let here = ReportedMembership {
+    let committed = ReportedMembership {
         log_id: now.log_id,
         voters: now.voters.clone(),
         learners: now.learners.clone(),
     };
-    if is_news(group, &here) {
-        return MembershipStep::Report(here);
+    if is_new_report(group, &committed) {
+        return MembershipStep::Report(committed);
     }
-    if group.is_settled() || group.ends && missing().next().is_none() {
+    if group.is_settled() || group.draining && missing().next().is_none() {
         MembershipStep::Nothing
     } else {
         MembershipStep::Wait
@@ -182,10 +182,10 @@ fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> 
         }
         // Those that are still to go stand in for those that are not there yet, the live ones
         // first.
-        let gone = makes_way(&blocked, now).filter(|_| !some_come);
+        let outgoing = makes_way(&blocked, now).filter(|_| !some_come);
         let has_witness = next.iter().any(|replica| group.is_witness(*replica));
         let may = |replica: &ReplicaId| {
-            Some(*replica) != gone && !(has_witness && now.witnesses.contains(replica))
+            Some(*replica) != outgoing && !(has_witness && now.witnesses.contains(replica))
         };
         let mut standing_in: Vec<ReplicaId> = rest.into_iter().filter(may).collect();
         standing_in.sort_by_key(|replica| {
@@ -210,7 +210,7 @@ fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> 
 }
 
 /// Returns true if this report would tell the meta group something new.
-fn is_news(group: &GroupSpec, here: &ReportedMembership) -> bool {
+fn is_new_report(group: &GroupSpec, here: &ReportedMembership) -> bool {
     let known = match &group.reported {
         Some(reported) => reported.voters == here.voters && reported.learners == here.learners,
         None => here.learners.is_empty() && here.voters.iter().eq(group.creation.keys()),

@@ -217,14 +217,14 @@ fn a_report_from_before_the_plan_retires_nothing() {
     };
     let wanted = vec![node(1), node(2), node(4)];
     meta.install(
-        plan(&old, old.asked, &wanted, &BTreeSet::new())
+        plan(&old, old.placement, &wanted, &BTreeSet::new())
             .expect("a plan")
             .view,
     );
     // The newcomer is planned out again, and may have become a voter meanwhile.
     let back = vec![node(1), node(2), node(3)];
     meta.install(
-        plan(&meta.view(), old.asked, &back, &BTreeSet::new())
+        plan(&meta.view(), old.placement, &back, &BTreeSet::new())
             .expect("a plan")
             .view,
     );
@@ -399,7 +399,7 @@ fn a_level_is_raised_over_the_view_that_was_asked_and_never_lowered() {
     let view = read_view(&map).expect("readable").expect("founded");
     assert_eq!(view.version, MapVersion(2), "nothing new, nothing changed");
     let wanted = vec![node(1), node(2), node(4)];
-    let next = plan(&view, view.asked, &wanted, &BTreeSet::new())
+    let next = plan(&view, view.placement, &wanted, &BTreeSet::new())
         .expect("a plan")
         .view;
     let lowered = View {
@@ -532,7 +532,7 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
     let mut meta = Meta::founded(view());
     let old = meta.view();
     let wanted = vec![node(1), node(2), node(4)];
-    let next = plan(&old, old.asked, &wanted, &BTreeSet::new())
+    let next = plan(&old, old.placement, &wanted, &BTreeSet::new())
         .expect("a plan")
         .view;
     let install = |base, next: &View| MetaCommand::InstallPlan {
@@ -615,7 +615,7 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
     };
     told(&mut meta, GroupId(1));
     let before = meta.view();
-    let next = plan(&before, old.asked, &wanted, &BTreeSet::new())
+    let next = plan(&before, old.placement, &wanted, &BTreeSet::new())
         .expect("a plan")
         .view;
     for (change, misstep) in &table {
@@ -655,7 +655,7 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
     let change = |meta: &mut Meta, nodes: &[u32]| {
         let view = meta.view();
         let wanted: Vec<NodeSpec> = nodes.iter().copied().map(node).collect();
-        plan(&view, view.asked, &wanted, &BTreeSet::new())
+        plan(&view, view.placement, &wanted, &BTreeSet::new())
             .expect("a plan")
             .view
     };
@@ -694,7 +694,7 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
         &before,
         PlacementSpec {
             replication_factor: Some(1),
-            ..before.asked
+            ..before.placement
         },
         &[1, 2, 3].map(node),
         &BTreeSet::new(),
@@ -777,16 +777,16 @@ fn a_move_is_opened_once_where_it_is_due_and_ends_once() {
     let old = meta.view();
     let wanted = vec![node(1), node(2), node(3), node(4)];
     meta.install(
-        plan(&old, old.asked, &wanted, &BTreeSet::new())
+        plan(&old, old.placement, &wanted, &BTreeSet::new())
             .expect("a plan")
             .view,
     );
     let before = meta.view();
-    let due = before.astray().next().expect("slots are to move");
+    let due = before.misplaced_slots().next().expect("slots are to move");
     let (from, to) = (before.slots.owner(due), before.targets.owner(due));
     let still = before
         .slots
-        .of(from)
+        .slots_of(from)
         .find(|slot| before.targets.owner(*slot) == from)
         .expect("some stay");
     let open = |slots: &[Slot], from, to| MetaCommand::OpenMove {

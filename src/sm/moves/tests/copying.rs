@@ -462,7 +462,7 @@ fn damage_in_what_a_move_keeps_is_an_error() {
     let mut damaged = good.clone();
     damaged.insert(move_key(MoveId(5)), Bytes::from_static(b"\x09"));
     assert!(chunk(&damaged).is_err());
-    let freeze = MoveCommand::Freeze.of(MoveId(5), &tags(&["a"]));
+    let freeze = MoveCommand::Freeze.into_command(MoveId(5), &tags(&["a"]));
     assert!(apply(&damaged, 9, freeze).is_err());
     let mut damaged = good.clone();
     damaged.insert(change_range(MoveId(5)).start, change_value(1));

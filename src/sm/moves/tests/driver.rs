@@ -95,7 +95,7 @@ impl Driven {
                         chunk: *chunk,
                         contents,
                     }
-                    .of(self.of.id, &self.of.slots),
+                    .into_command(self.of.id, &self.of.slots),
                 ))
             }
             step => step.command(&self.of).map(|(side, command)| match side {
@@ -266,7 +266,7 @@ fn a_move_is_given_up_at_any_step_before_its_release() {
                 let outcome = driven
                     .world
                     .shard(shard)
-                    .apply(MoveCommand::Clear { limit: 2 }.of(id, &slots));
+                    .apply(MoveCommand::Clear { limit: 2 }.into_command(id, &slots));
                 assert!(
                     matches!(outcome, KvOutcome::Moved(MoveOutcome::Cleared { .. })),
                     "{outcome:?}"

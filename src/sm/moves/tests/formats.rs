@@ -16,7 +16,7 @@ fn slots(numbers: &[u16]) -> BTreeSet<Slot> {
 }
 
 fn encoded(step: MoveCommand) -> Bytes {
-    let command = step.of(MoveId(5), &slots(&[300]));
+    let command = step.into_command(MoveId(5), &slots(&[300]));
     let bytes = command.encode();
     assert_eq!(KvCommand::decode(&bytes).expect("own encoding"), command);
     bytes

@@ -97,7 +97,7 @@ impl World {
             }
             other => panic!("no step: {other}"),
         };
-        show(self.shard(number).apply(step.of(id, &slots)))
+        show(self.shard(number).apply(step.into_command(id, &slots)))
     }
 
     fn complete(&mut self, id: MoveId, from: u64, to: u64) -> String {
@@ -108,7 +108,7 @@ impl World {
         let chunk = self.progress(id, to).chunk;
         show(
             self.shard(to)
-                .apply(MoveCommand::Complete { chunk, contents }.of(id, &slots)),
+                .apply(MoveCommand::Complete { chunk, contents }.into_command(id, &slots)),
         )
     }
 

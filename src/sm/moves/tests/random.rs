@@ -254,7 +254,7 @@ impl Cluster {
                             chunk: *chunk,
                             contents,
                         }
-                        .of(of.id, &of.slots),
+                        .into_command(of.id, &of.slots),
                     )
                 })
             }
@@ -296,7 +296,7 @@ impl Cluster {
         if let Some((id, slots)) = leftovers(&self.world.shard(shard).map).expect("readable") {
             self.send(
                 GroupId(shard),
-                MoveCommand::Clear { limit }.of(id, &slots),
+                MoveCommand::Clear { limit }.into_command(id, &slots),
                 fate,
             );
         }
@@ -440,7 +440,7 @@ impl Cluster {
                 );
                 self.send(
                     GroupId(shard),
-                    MoveCommand::Cancel.of(id, &of.slots),
+                    MoveCommand::Cancel.into_command(id, &of.slots),
                     Fate::Applied,
                 );
             }

@@ -351,7 +351,7 @@ fn what_is_served_was_counted_alike_on_both_sides() {
             chunk,
             contents: contents.clone(),
         };
-        show(world.shard(2).apply(step.of(MoveId(5), &slots)))
+        show(world.shard(2).apply(step.into_command(MoveId(5), &slots)))
     };
     let a = slot_of(b"a");
     for (keys, bytes) in [(1, 1), (-1, 0)] {

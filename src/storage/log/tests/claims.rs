@@ -389,7 +389,7 @@ fn a_large_replica_that_pins_the_log_is_named() {
         busy.purge(id(1, index), outcomes.done());
         pump(&mut writer);
     }
-    let pins = log.pinning();
+    let pins = log.segments_pinned_by();
     assert_eq!(
         pins.iter().map(|pin| pin.key).collect::<Vec<_>>(),
         [key(1, 1)]
@@ -400,7 +400,7 @@ fn a_large_replica_that_pins_the_log_is_named() {
     );
     large.purge(id(3, 9), outcomes.done());
     pump(&mut writer);
-    assert_eq!(log.pinning(), []);
+    assert_eq!(log.segments_pinned_by(), []);
     assert!(log.metrics().segments <= 3, "{:?}", log.metrics());
 }
 
@@ -489,13 +489,13 @@ fn proposers_are_told_when_too_much_waits() {
         ..LogOptions::default()
     };
     let (_disk, log, mut writer, replica, outcomes) = one(&options);
-    assert!(!log.overloaded());
+    assert!(!log.is_overloaded());
     replica
         .append(run_of(1, 0..10, 100), outcomes.done())
         .expect("appends are taken all the same");
-    assert!(log.overloaded() && log.queue_bytes() > 500);
+    assert!(log.is_overloaded() && log.queue_bytes() > 500);
     pump(&mut writer);
-    assert!(!log.overloaded() && log.queue_bytes() == 0);
+    assert!(!log.is_overloaded() && log.queue_bytes() == 0);
 }
 
 #[test]

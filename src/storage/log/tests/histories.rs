@@ -146,7 +146,7 @@ fn a_long_history_keeps_few_segments() {
             if attack.random.random_bool(0.3) {
                 attack.writer.pump();
             }
-            let pins = attack.log.pinning();
+            let pins = attack.log.segments_pinned_by();
             let held = pins.iter().filter(|pin| {
                 pin.held_bytes > 30_000 && pin.live_bytes > attack.options.rebase_bytes_max
             });
@@ -161,7 +161,7 @@ fn a_long_history_keeps_few_segments() {
         assert!(
             metrics.rebases > 0 && metrics.segments < 40,
             "seed {seed}: {metrics:?} {:?}",
-            attack.log.pinning()
+            attack.log.segments_pinned_by()
         );
     }
 }
