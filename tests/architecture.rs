@@ -235,7 +235,11 @@ const SPAWNS: &[(&str, usize, &str)] = &[
         1,
         "the tasks of openraft, which inherit their supervisor",
     ),
-    ("http/server.rs", 1, "one connection, which ends with it"),
+    (
+        "http/server/listener.rs",
+        1,
+        "one connection, which ends with it",
+    ),
     ("http/body.rs", 1, "reads away the rest of one body"),
     ("http/native/view.rs", 1, "one request, which awaits it"),
     (

@@ -17,8 +17,9 @@ use super::servers::local_cluster;
 use super::{EXIT_CODES, signals};
 use crate::client::lookout::Lookout;
 use crate::client::remote::RemoteStore;
-use crate::http::metrics::MetricKind;
-use crate::http::{App, Exposition, Limits, MetricSource, Metrics, NotReady, Readiness, Server};
+use crate::http::{
+    App, Exposition, Limits, MetricKind, MetricSource, Metrics, NotReady, Readiness, Server,
+};
 use crate::telemetry::{self, LogFormat};
 use crate::types::{Address, ParseError};
 

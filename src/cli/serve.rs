@@ -25,7 +25,7 @@ use crate::client::peer::{
 use crate::client::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
-use crate::http::metrics::MetricKind;
+use crate::http::MetricKind;
 use crate::http::{
     App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness,
     Server,

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::App;
+use super::readiness::Readiness;
 use crate::client::store::{Failure, Options, Store};
 use crate::client::view_change::ChangeInProgress;
 use crate::types::PlanEpoch;
@@ -101,7 +101,7 @@ impl ChangeWaiters {
     /// Returns what a look found that did not begin before `since`.
     pub async fn look(
         &self,
-        app: &App,
+        store: &dyn Store,
         id: PlanEpoch,
         since: Instant,
         options: Options,
@@ -115,7 +115,7 @@ impl ChangeWaiters {
         }
 
         let began = Instant::now();
-        let found = app.store.operation(id, options).await;
+        let found = store.operation(id, options).await;
         *last = Some(ObservedChange {
             began,
             id,
@@ -130,7 +130,8 @@ impl WaiterPermit<'_> {
     /// last heard of it.
     pub async fn follow(
         &self,
-        app: &App,
+        store: &dyn Store,
+        readiness: &dyn Readiness,
         mut change: ChangeInProgress,
         wait: Duration,
         options: Options,
@@ -139,12 +140,15 @@ impl WaiterPermit<'_> {
         let mut schedule = PollSchedule::new(deadline);
 
         while !change.is_over()
-            && let Some(since) = schedule.next(app, app.store.as_ref(), change.id).await
+            && let Some(since) = schedule.next(readiness, store, change.id).await
         {
             // No answer now (an election, a node on its way out) says nothing about the change: it
             // is asked for again.
-            let seen =
-                timeout_at(deadline, self.changes.look(app, change.id, since, options)).await;
+            let seen = timeout_at(
+                deadline,
+                self.changes.look(store, change.id, since, options),
+            )
+            .await;
             change = seen.ok().and_then(|seen| seen.ok()?).unwrap_or(change);
         }
         change
@@ -172,8 +176,13 @@ impl PollSchedule {
 
     /// Waits until it is time for another look, and returns how old one may be that somebody else
     /// has had; none once the time is up or the server stops.
-    pub async fn next(&mut self, app: &App, store: &dyn Store, id: PlanEpoch) -> Option<Instant> {
-        while Instant::now() < self.deadline && !is_stopping(app) {
+    pub async fn next(
+        &mut self,
+        readiness: &dyn Readiness,
+        store: &dyn Store,
+        id: PlanEpoch,
+    ) -> Option<Instant> {
+        while Instant::now() < self.deadline && !is_stopping(readiness) {
             let began = Instant::now();
             let end = self.deadline.min(began + self.interval);
             let is_over = store.await_change(id, end - began).await;
@@ -199,8 +208,8 @@ impl PollSchedule {
 }
 
 /// A wait must not hold up a clean stop.
-fn is_stopping(app: &App) -> bool {
-    app.readiness
+fn is_stopping(readiness: &dyn Readiness) -> bool {
+    readiness
         .ready()
         .is_err_and(|unready| unready.code == "stopping")
 }
@@ -214,7 +223,7 @@ mod tests {
     use super::*;
     use crate::client::store::{Consistency, Routing};
     use crate::http::testing::{FakeStore, Site, Switch};
-    use crate::http::{Limits, Metrics};
+    use crate::http::{App, Limits, Metrics};
 
     const WAITERS: usize = 200;
 
@@ -245,7 +254,9 @@ mod tests {
         assert!(!running.is_over());
         let one = || async {
             let place = app.changes.acquire().expect("a place");
-            place.follow(app, running.clone(), wait, options).await
+            place
+                .follow(&*app.store, &*app.readiness, running.clone(), wait, options)
+                .await
         };
         join_all((0..WAITERS).map(|_| one())).await
     }

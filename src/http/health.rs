@@ -1,36 +1,12 @@
 //! `/healthz`, `/readyz`, `/metrics`, and the page at `/`.
 
-use std::fmt;
-
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::{StatusCode, header};
 
-use super::SharedApp;
+use super::app::SharedApp;
 use super::problem::Problem;
-
-/// Whether the process should be given requests.
-pub trait Readiness: Send + Sync + 'static {
-    fn ready(&self) -> Result<(), NotReady>;
-
-    /// Returns what people should know of a process that is ready.
-    fn note(&self) -> Option<String> {
-        None
-    }
-}
-
-/// Why not: a stable `code` for scripts (`spare`, `starting`, ...) and a reason for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NotReady {
-    pub code: &'static str,
-    pub reason: String,
-}
-
-impl fmt::Display for NotReady {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code, self.reason)
-    }
-}
+use super::readiness::NotReady;
 
 /// 200 as long as the process answers at all.
 pub(super) async fn healthz() -> &'static str {

@@ -4,11 +4,11 @@
 //! other parts count comes in through [`MetricSource`]. Series of requests that never came are left
 //! out.
 //!
-//! Names follow Prometheus' conventions, as `exposition` of the member `sim` holds them: base units,
-//! counters end in `_total`, histograms of time in `_duration_seconds`. A name is a contract: one
-//! that was wrong stays beside the right one until the next release but one.
+//! Names follow Prometheus' conventions, as `exposition` of the member `sim` holds them: base
+//! units, counters end in `_total`, histograms of time in `_duration_seconds`. A name is a
+//! contract: one that was wrong stays beside the right one until the next release but one.
 
-use std::fmt::{self, Write};
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -20,8 +20,11 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::change_waiters::ChangeWaiters;
+use super::dialect::Dialect;
+use super::dialects::no_room;
 use super::problem::{Code, Problem, ProblemCode};
-use super::{answer_budget, dialects, process_metrics};
+use super::prometheus::{Exposition, MetricKind, MetricSource};
+use super::{answer_budget, process_metrics};
 use crate::budget::Budget;
 use crate::client::store::Failure;
 use crate::telemetry::Rarely;
@@ -31,43 +34,6 @@ const BUCKETS_US: [u64; 15] = [
     100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
     1_000_000, 5_000_000, 60_000_000,
 ];
-
-/// Whose contract a request follows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dialect {
-    Native,
-    EncodedBatch,
-    LoadBalancer,
-    Kvs,
-    PlainBatch,
-    Peer,
-    /// Of no dialect: unknown paths.
-    Other,
-}
-
-impl Dialect {
-    const ALL: [Dialect; 7] = [
-        Dialect::Native,
-        Dialect::EncodedBatch,
-        Dialect::LoadBalancer,
-        Dialect::Kvs,
-        Dialect::PlainBatch,
-        Dialect::Peer,
-        Dialect::Other,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Dialect::Native => "native",
-            Dialect::EncodedBatch => "encoded-batch",
-            Dialect::LoadBalancer => "load-balancer",
-            Dialect::Kvs => "kvs",
-            Dialect::PlainBatch => "plain-batch",
-            Dialect::Peer => "peer",
-            Dialect::Other => "other",
-        }
-    }
-}
 
 /// Clients can send any method: those past the usual ones share a label.
 const METHODS: [&str; 6] = ["GET", "HEAD", "PUT", "POST", "DELETE", "other"];
@@ -98,11 +64,6 @@ impl RequestSeries {
         self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
         self.total_us.fetch_add(elapsed_us, Ordering::Relaxed);
     }
-}
-
-/// Adds families of its own to `/metrics`. Called at each scrape: it must not wait.
-pub trait MetricSource: Send + Sync + 'static {
-    fn collect(&self, text: &mut Exposition);
 }
 
 /// What the serving side counts, and everybody who counts too.
@@ -243,7 +204,7 @@ impl Metrics {
         for source in &self.sources {
             source.collect(&mut text);
         }
-        text.text
+        text.into_text()
     }
 
     fn each(&self, mut visit: impl FnMut(&'static str, &'static str, &RequestSeries)) {
@@ -380,19 +341,19 @@ impl RequestTimer<'_> {
     /// that it may have been done; where the contract has no word for it, and the answer holds no
     /// values, it is given all the same.
     fn refuse(&self, unfit: Response, answers: &Budget) -> Response {
-        let no_room = Failure::no_room(answers);
+        let failure = Failure::no_room(answers);
         match (self.dialect, self.is_read) {
             (Dialect::Native | Dialect::Peer | Dialect::Other, true) => {
-                Problem::from(no_room).into_response()
+                Problem::from(failure).into_response()
             }
             (Dialect::Native | Dialect::Peer, false) => {
-                let reason = format!("there was no room to tell the answer: {no_room}");
+                let reason = format!("there was no room to tell the answer: {failure}");
                 Problem::from(Failure::Unknown { reason }).into_response()
             }
             (
                 Dialect::Kvs | Dialect::LoadBalancer | Dialect::PlainBatch | Dialect::EncodedBatch,
                 true,
-            ) => dialects::no_room(self.dialect, no_room),
+            ) => no_room(self.dialect, failure),
             (
                 Dialect::Kvs
                 | Dialect::LoadBalancer
@@ -447,65 +408,6 @@ impl Drop for RequestTimer<'_> {
                 "request"
             );
         }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MetricKind {
-    Counter,
-    Gauge,
-    Histogram,
-}
-
-/// Text in Prometheus' format, family by family.
-#[derive(Debug, Default)]
-pub struct Exposition {
-    text: String,
-    family: String,
-}
-
-impl Exposition {
-    /// Begins a family: the samples that follow are its.
-    pub fn family(&mut self, name: &str, kind: MetricKind, help: &str) {
-        let kind = match kind {
-            MetricKind::Counter => "counter",
-            MetricKind::Gauge => "gauge",
-            MetricKind::Histogram => "histogram",
-        };
-        self.family = name.to_owned();
-        let help = help.replace('\\', "\\\\").replace('\n', "\\n");
-        self.push(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
-    }
-
-    pub fn sample(&mut self, labels: &[(&str, &str)], value: impl fmt::Display) {
-        self.part("", labels, value);
-    }
-
-    /// A sample of a histogram: `suffix` is `_bucket`, `_sum` or `_count`.
-    pub fn part(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl fmt::Display) {
-        let escape = |text: &str| {
-            text.replace('\\', "\\\\")
-                .replace('"', "\\\"")
-                .replace('\n', "\\n")
-        };
-        let labels: Vec<String> = labels
-            .iter()
-            .map(|(name, value)| format!("{name}=\"{}\"", escape(value)))
-            .collect();
-        let labels = if labels.is_empty() {
-            String::new()
-        } else {
-            format!("{{{}}}", labels.join(","))
-        };
-        let family = std::mem::take(&mut self.family);
-        self.push(format_args!("{family}{suffix}{labels} {value}\n"));
-        self.family = family;
-    }
-
-    fn push(&mut self, text: fmt::Arguments<'_>) {
-        self.text
-            .write_fmt(text)
-            .expect("writing to a string does not fail");
     }
 }
 

@@ -34,7 +34,7 @@
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use http::{HeaderName, HeaderValue, StatusCode, Uri, header};
+use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use serde_json::{Map, Value};
 
 use crate::client::problem::{MEDIA_TYPE, TYPE_PREFIX};
@@ -198,6 +198,15 @@ impl Problem {
             extensions: Map::new(),
             headers: Vec::new(),
         }
+    }
+
+    /// 405 for a path that has other methods; the router adds `Allow`.
+    pub fn method_not_allowed(method: &Method) -> Self {
+        let detail = format!(
+            "{} is not a method of this path",
+            shortened(method.as_str())
+        );
+        Self::new(Code::MethodNotAllowed, detail)
     }
 
     pub fn status(&self) -> StatusCode {
@@ -389,6 +398,13 @@ pub fn epoch_etag(epoch: PlanEpoch) -> HeaderValue {
 fn quoted(number: u64) -> HeaderValue {
     HeaderValue::try_from(format!("\"{number}\""))
         .expect("digits between quotes are a header value")
+}
+
+/// Returns the beginning of what a client sent, long enough to be recognized in an answer.
+pub fn shortened(text: &str) -> &str {
+    text.char_indices()
+        .nth(200)
+        .map_or(text, |(end, _)| &text[..end])
 }
 
 /// `Retry-After` counts whole seconds, and 0 would invite a client to spin.

@@ -7,7 +7,7 @@ use std::fs;
 use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::metrics::{Exposition, MetricKind};
+use super::prometheus::{Exposition, MetricKind};
 use crate::descriptors;
 use crate::sm::level::LEVEL;
 

@@ -10,8 +10,9 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use tokio::time::{Instant, sleep};
 
+use super::client::ClusterClient;
+use super::output::{CHANGE_EXIT_CODES, as_json, bytes, print, print_error_line};
 use super::progress::ChangeFollower;
-use super::{CHANGE_EXIT_CODES, ClusterClient, as_json, bytes, print, print_error_line};
 use crate::cli::{CliError, Exit};
 use crate::client::protocol::ClusterStatus;
 use crate::client::store::Store;

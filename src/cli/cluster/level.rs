@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use super::{ClusterClient, print_error_line};
+use super::client::ClusterClient;
+use super::output::print_error_line;
 use crate::cli::CliError;
 use crate::client::peer::{HoldRequest, PeerCaller};
 use crate::client::protocol::{ClusterStatus, NodeStatus};

@@ -4,30 +4,27 @@
 //! its end.
 
 mod change;
+mod client;
 mod level;
+mod output;
 mod progress;
 mod scrub;
 mod status;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
 use self::change::{ChangeCommand, ExecuteOptions, PlanOptions};
+use self::client::ClusterClient;
+use self::output::{CHANGE_EXIT_CODES, SCRUB_EXIT_CODES, as_json, print};
 use self::progress::ChangeFollower;
 use self::scrub::ScrubBegin;
 use super::servers::{Servers, seconds};
 use super::{CliError, EXIT_CODES, Exit, print_error};
-use crate::client::native::NativeClient;
-use crate::client::remote::RemoteStore;
-use crate::client::store::{Consistency, Failure, Options, Routing, Store};
+use crate::client::store::Store;
 use crate::types::{Address, PlanEpoch};
-
-/// What the exit codes of a change mean.
-const CHANGE_EXIT_CODES: &str = "Exit codes: 0 done, 1 refused, not confirmed or overtaken by a \
-later change, 2 usage, 3 unavailable or of unknown outcome, 130 interrupted: a change that was \
-accepted goes on by itself.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
@@ -101,40 +98,6 @@ enum ClusterCommand {
         #[arg(long)]
         watch: bool,
     },
-}
-
-/// What the exit codes of a scrub mean.
-const SCRUB_EXIT_CODES: &str = "Exit codes: 0 nothing is damaged, 1 something was, mended or not, \
-2 usage, 3 a node did not answer or stopped, 130 interrupted: a scrub that has begun goes on by \
-itself.";
-
-/// The cluster that a command is about.
-struct ClusterClient {
-    /// Goes on asking until the timeout, but knows no other nodes than those that were named.
-    client: NativeClient,
-    /// Learns who the nodes are, which a change of the view changes.
-    store: RemoteStore,
-    options: Options,
-}
-
-impl ClusterClient {
-    fn new(servers: &Servers) -> Result<Self, CliError> {
-        let broken = |error| Failure::Unavailable {
-            reason: format!("no HTTP client: {error}"),
-            retry_after_ms: 0,
-        };
-        let store = RemoteStore::connect(servers.addresses()).map_err(broken)?;
-        let options = Options {
-            consistency: Consistency::Linearizable,
-            routing: Routing::Proxy,
-            timeout: servers.timeout(),
-        };
-        Ok(Self {
-            client: servers.client(),
-            store,
-            options,
-        })
-    }
 }
 
 /// # Errors
@@ -211,50 +174,4 @@ async fn show(cluster: &mut ClusterClient, json: bool) -> Result<String, CliErro
             .flatten(),
     };
     Ok(status::render(&status, running.as_ref()))
-}
-
-fn as_json(value: &impl serde::Serialize) -> String {
-    serde_json::to_string_pretty(value)
-        .map_or_else(|error| format!("{error}\n"), |text| format!("{text}\n"))
-}
-
-fn print(text: &str) -> Result<Exit, CliError> {
-    let mut output = io::stdout().lock();
-    output
-        .write_all(text.as_bytes())
-        .and_then(|()| output.flush())
-        .map_err(CliError::output)?;
-    Ok(Exit::Done)
-}
-
-/// A line for people, on standard error: standard output is for results.
-fn print_error_line(text: &str) {
-    drop(writeln!(io::stderr(), "{text}"));
-}
-
-fn bytes(count: u64) -> String {
-    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    match units.into_iter().find(|(size, _)| count >= *size) {
-        Some((size, unit)) => format!("{}.{} {unit}", count / size, count % size * 10 / size),
-        None => format!("{count} B"),
-    }
-}
-
-/// "1 slot", "2 slots".
-fn count(number: u64, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_readable() {
-        assert_eq!(
-            [bytes(7), bytes(1536), bytes(3 << 30)],
-            ["7 B", "1.5 KiB", "3.0 GiB"]
-        );
-        assert_eq!([count(1, "slot"), count(0, "slot")], ["1 slot", "0 slots"]);
-    }
 }

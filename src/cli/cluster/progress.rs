@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{ClusterClient, as_json, bytes, count, print, print_error_line};
+use super::client::ClusterClient;
+use super::output::{as_json, bytes, count, print, print_error_line};
 use crate::cli::{CliError, Exit};
 use crate::client::store::{Failure, Options, Store};
 use crate::client::view_change::{ChangeInProgress, Phase};

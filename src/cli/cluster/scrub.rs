@@ -10,8 +10,9 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::time::{Instant, sleep};
 
+use super::client::ClusterClient;
+use super::output::{bytes, count, print, print_error_line};
 use super::progress::{StatusLine, bar};
-use super::{ClusterClient, bytes, count, print, print_error_line};
 use crate::cli::{CliError, Exit, print_error};
 use crate::client::native::{NativeClient, NativeError};
 use crate::client::protocol::ScrubStatus;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use super::output::{bytes, count};
 use super::progress::what_is_left;
-use super::{bytes, count};
 use crate::client::protocol::{
     ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
 };

@@ -19,7 +19,9 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{ANSWER_TIMEOUT, DialectError, bit_strings, options};
+use super::bit_strings;
+use super::error::DialectError;
+use super::request::{ANSWER_TIMEOUT, options};
 use crate::client::store::{Failure, Options, Store, WriteFailure, Written as Answer};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;

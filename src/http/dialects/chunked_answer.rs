@@ -13,8 +13,10 @@ use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use http::StatusCode;
 
+use super::error::DialectError;
 use super::json_list::BudgetedVec;
-use super::{DialectError, JSON, answer, options};
+use super::request::options;
+use super::response::{JSON, answer};
 use crate::budget::{Budget, UNCHARGED_BYTES_MAX};
 use crate::client::store::{Failure, GetManyRequest, Item, ScanRange, ScanRequest, Store};
 use crate::http::answer_budget::{AlreadyCharged, charge_chunk};

@@ -30,13 +30,18 @@ use http::StatusCode;
 use serde_json::value::RawValue;
 
 use super::batch_write::{self, Pair, PairEncoding};
+use super::bit_strings;
 use super::chunked_answer::{self, CHUNK_BYTES, FullScan, JsonChunks, KeyLookup, push_text};
+use super::error::DialectError;
 use super::json_list::{self, BudgetedVec, KeyValue, MemberNames, PairObject};
-use super::{DialectError, DisplayValue, JSON, JsonText, answer, bit_strings, read_body};
+use super::request::read_body;
+use super::response::{JSON, answer};
+use super::value::{DisplayValue, JsonText};
 use crate::client::store::Failure;
+use crate::http::app::{App, SharedApp};
 use crate::http::body::BodyBytes;
-use crate::http::metrics::Dialect;
-use crate::http::{App, Limits, SharedApp};
+use crate::http::dialect::Dialect;
+use crate::http::limits::Limits;
 use crate::sm::kv::Record;
 use crate::types::KEY_BYTES_MAX;
 

@@ -8,7 +8,8 @@ use std::ops::Deref;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{DialectError, JsonText};
+use super::error::DialectError;
+use super::value::JsonText;
 use crate::budget::Share;
 use crate::http::Limits;
 use crate::http::body::{self, BodyBytes};

@@ -20,22 +20,21 @@ use http::request::Parts;
 use http::{Method, StatusCode, header};
 use serde_json::value::RawValue;
 
-use super::{
-    DialectError, DisplayValue, JsonText, TEXT, answer, json_list, method_not_allowed, options,
-    python, read_body,
-};
+use super::error::{DialectError, method_not_allowed, respond_as_load_balancer};
+use super::request::{options, read_body};
+use super::response::{HTML, TEXT, answer};
+use super::value::{DisplayValue, JsonText};
+use super::{json_list, python};
 use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
-use crate::http::metrics::Dialect;
+use crate::http::app::{App, SharedApp};
+use crate::http::dialect::Dialect;
 use crate::http::native::{STALENESS, staleness, unescape};
-use crate::http::{App, SharedApp, body, health};
+use crate::http::{body, health};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::{GroupId, KEY_BYTES_MAX};
 
 const SET: &str = "/set/";
 const GET: &str = "/get/";
-
-/// Flask's: without the charset, clients take text for Latin-1.
-const HTML: &str = "text/html; charset=utf-8";
 
 /// How long a linearizable answer is waited for where a copy may answer instead, and how long that
 /// copy is given: together less than the 2 s that are promised.
@@ -71,7 +70,7 @@ pub async fn by_key(app: &App, request: Request) -> Response {
             }
         }
     };
-    timer.finish(answer.unwrap_or_else(|refusal| respond(&refusal, &parts.method)))
+    timer.finish(answer.unwrap_or_else(|refusal| respond_as_load_balancer(&refusal, &parts.method)))
 }
 
 async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectError> {
@@ -276,15 +275,6 @@ fn from_server(text: &str) -> Response {
     )
 }
 
-pub fn respond(refusal: &DialectError, method: &Method) -> Response {
-    if refusal.status != StatusCode::SERVICE_UNAVAILABLE {
-        return refusal.respond(method);
-    }
-    let mut response = answer(refusal.status, HTML, "No server is available");
-    refusal.add_retry_after(&mut response);
-    response
-}
-
 /// `GET /`: the servers, or what a browser is shown.
 pub async fn front_page(State(app): State<SharedApp>, request: Request) -> Response {
     let timer = app.start_timer(Dialect::LoadBalancer, &request);
@@ -302,7 +292,7 @@ pub async fn front_page(State(app): State<SharedApp>, request: Request) -> Respo
             let servers = python::print_list(map.nodes().map(|(_, node)| node.public.as_str()));
             answer(StatusCode::OK, TEXT, format!("servers are {servers}"))
         }
-        Err(failure) => respond(&failure.into(), request.method()),
+        Err(failure) => respond_as_load_balancer(&failure.into(), request.method()),
     };
     timer.finish(page)
 }

@@ -30,12 +30,16 @@ use serde_json::value::RawValue;
 
 use super::batch_write::{self, Pair, PairEncoding};
 use super::chunked_answer::{self, CHUNK_BYTES, JsonChunks, KeyLookup, push_text};
+use super::error::DialectError;
 use super::json_list::{self, BudgetedVec, KeyValue, PairObject};
-use super::{DialectError, DisplayValue, JsonText, TEXT, answer, read_body};
+use super::request::read_body;
+use super::response::{TEXT, answer};
+use super::value::{DisplayValue, JsonText};
 use crate::client::store::Failure;
+use crate::http::app::{App, SharedApp};
 use crate::http::body::BodyBytes;
-use crate::http::metrics::Dialect;
-use crate::http::{App, Limits, SharedApp};
+use crate::http::dialect::Dialect;
+use crate::http::limits::Limits;
 use crate::sm::kv::Record;
 use crate::types::KEY_BYTES_MAX;
 
@@ -340,9 +344,12 @@ mod tests {
     #[tokio::test]
     async fn success_is_told_once_for_each_shard() {
         let site = Site::start().await;
-        let map = crate::client::store::Store::map(&*site.store, crate::http::dialects::options())
-            .await
-            .expect("a map");
+        let map = crate::client::store::Store::map(
+            &*site.store,
+            crate::http::dialects::request::options(),
+        )
+        .await
+        .expect("a map");
         let key_of = |shard: usize| {
             (0..)
                 .map(|n| format!("k{n}"))

@@ -9,9 +9,11 @@ use axum::response::Response;
 use http::Method;
 
 use super::json_list::{self, KeyValue, PairObject};
-use super::{encoded_batch, plain_batch, read_body};
-use crate::http::metrics::Dialect;
-use crate::http::{SharedApp, blocking};
+use super::request::read_body;
+use super::{encoded_batch, plain_batch};
+use crate::http::app::SharedApp;
+use crate::http::blocking;
+use crate::http::dialect::Dialect;
 
 pub async fn set(State(app): State<SharedApp>, request: Request) -> Response {
     let mut timer = app.start_timer(Dialect::EncodedBatch, &request);

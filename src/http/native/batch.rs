@@ -42,15 +42,19 @@ use serde::de::{Error, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json as object};
 
+use super::headers::idempotency_key;
+use super::json::{ItemJson, LazyList, json};
+use super::key;
 use super::query::Query;
-use super::{ItemJson, LazyList, idempotency_key, json, key};
 use crate::client::store::{Failure, Item, Options, Routing, WriteFailure, Written};
+use crate::http::app::{App, SharedApp};
 use crate::http::blocking;
 use crate::http::body::{self, BodyLimit};
+use crate::http::dialect::Dialect;
+use crate::http::limits::Limits;
 use crate::http::media::{self, Encoding};
-use crate::http::metrics::{Dialect, RequestTimer};
+use crate::http::metrics::RequestTimer;
 use crate::http::problem::{Code, Problem};
-use crate::http::{App, Limits, SharedApp};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, WriteRejection};
 use crate::types::Revision;
 

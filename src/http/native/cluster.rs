@@ -7,12 +7,13 @@ use http::{StatusCode, header};
 use serde::Deserialize;
 use serde_json::json as object;
 
-use super::json;
+use super::json::json;
 use super::query::Query;
+use crate::http::app::{App, SharedApp};
 use crate::http::body::{self, BodyLimit};
-use crate::http::metrics::{Dialect, RequestTimer};
+use crate::http::dialect::Dialect;
+use crate::http::metrics::RequestTimer;
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, SharedApp};
 use crate::types::{Address, GroupId};
 
 /// The body of a leader transfer names one address.

@@ -10,15 +10,17 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use super::conditions::{Conditions, ReadDecision};
+use super::headers::{STALENESS, idempotency_key, staleness};
+use super::json::{KeyJson, json};
+use super::key;
 use super::query::Query;
-use super::{KeyJson, STALENESS, idempotency_key, json, key, staleness};
 use crate::budget::UNCHARGED_BYTES_MAX;
 use crate::client::store::{Consistency, Failure, Options, Routing, WriteFailure, Written};
 use crate::http::answer_budget::AlreadyCharged;
 use crate::http::body::{self, BodyLimit};
-use crate::http::metrics::Dialect;
+use crate::http::dialect::Dialect;
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, blocking, media, refuse_method};
+use crate::http::{App, blocking, media};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, WriteRejection};
 use crate::types::Revision;
 
@@ -49,7 +51,7 @@ pub async fn kv(app: &App, request: Request) -> Response {
         Method::DELETE => delete(app, &parts, key).await,
         _ => {
             body::discard(&parts, body);
-            let mut response = refuse_method(&parts.method);
+            let mut response = Problem::method_not_allowed(&parts.method).into_response();
             response.headers_mut().insert(
                 header::ALLOW,
                 HeaderValue::from_static("GET,HEAD,PUT,DELETE"),

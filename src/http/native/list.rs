@@ -17,13 +17,14 @@ use http::request::Parts;
 use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
+use super::headers::{STALENESS, staleness};
+use super::json::{ItemJson, LazyList, json};
 use super::query::Query;
-use super::{ItemJson, LazyList, STALENESS, json, staleness};
 use crate::client::store::{Consistency, Item, Routing, ScanRange, ScanRequest};
+use crate::http::app::{App, SharedApp};
 use crate::http::blocking;
-use crate::http::metrics::Dialect;
+use crate::http::dialect::Dialect;
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, SharedApp};
 use crate::sm::ports::after_prefix;
 use crate::types::RESERVED_PREFIX;
 

@@ -10,8 +10,7 @@ use bytes::Bytes;
 use super::key::unescape;
 use crate::client::store::{Consistency, Options, Routing};
 use crate::http::limits::Limits;
-use crate::http::problem::{Code, Problem};
-use crate::http::shortened;
+use crate::http::problem::{Code, Problem, shortened};
 
 /// The parameters of a request. Those that a route does not take are at their defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]

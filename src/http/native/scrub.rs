@@ -7,15 +7,15 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 
-use super::json;
+use super::json::json;
 use super::query::Query;
 use crate::client::protocol::ScrubStatus;
 use crate::client::store::Failure;
+use crate::http::app::{App, SharedApp};
 use crate::http::body::{self, BodyLimit};
-use crate::http::metrics::Dialect;
+use crate::http::dialect::Dialect;
 use crate::http::peer::PeerService;
 use crate::http::problem::{Code, Problem};
-use crate::http::{App, SharedApp};
 
 /// Nothing is said in it.
 const NO_BODY: BodyLimit = BodyLimit {

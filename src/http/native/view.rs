@@ -22,16 +22,18 @@ use http::request::Parts;
 use http::{HeaderValue, StatusCode, Uri, header};
 
 use super::conditions::Conditions;
-use super::json;
+use super::json::json;
 use super::query::{Query, digits};
 use crate::client::store::{Failure, Options, Routing};
 use crate::client::view_change::{
     Auto, ChangeInProgress, PerNode, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
 };
+use crate::http::app::{App, SharedApp};
+use crate::http::blocking;
 use crate::http::body::{self, BodyLimit};
-use crate::http::metrics::{Dialect, RequestTimer};
+use crate::http::dialect::Dialect;
+use crate::http::metrics::RequestTimer;
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, SharedApp, blocking};
 use crate::types::{ParseError, PlanEpoch};
 
 /// Room for tens of thousands of addresses.
@@ -169,7 +171,9 @@ async fn put(
     let last = match permit {
         Some((permit, wait)) => {
             timer.allow_wait(wait);
-            permit.follow(app, accepted, wait, options).await
+            permit
+                .follow(&*app.store, &*app.readiness, accepted, wait, options)
+                .await
         }
         None => accepted,
     };
@@ -269,7 +273,7 @@ async fn look(app: &App, uri: &Uri, timer: &mut RequestTimer<'_>) -> Result<Resp
                 StatusCode::OK,
                 &app.changes
                     .acquire()?
-                    .follow(app, change, wait, options)
+                    .follow(&*app.store, &*app.readiness, change, wait, options)
                     .await,
             ))
         }

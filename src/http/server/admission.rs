@@ -16,15 +16,15 @@ use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use http::Method;
 use tokio_util::sync::CancellationToken;
 
-use crate::descriptors::{self, Shares};
+use super::stats::ServerStats;
+use crate::descriptors::Shares;
 use crate::http::limits::Limits;
-use crate::http::metrics::{Exposition, MetricKind, MetricSource};
-use crate::http::peer::{self, LANE_PREFIX};
+use crate::http::peer::{LANE_PREFIX, is_peer_route};
 
 /// Connections that may wait at the door for their first request. A peer's comes with the next
 /// packet, so that it gets in needs a crowd to open this many connections within a round trip.
@@ -33,117 +33,6 @@ const OVERFLOW_MAX: usize = 32;
 /// What is answered at the door: those who watch over a node must not take it for dead because it
 /// is full.
 const ALWAYS_ANSWERED: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
-
-/// What a server counts.
-#[derive(Debug, Default)]
-pub struct ServerStats {
-    clients: AtomicU64,
-    peers: AtomicU64,
-    overflow: AtomicU64,
-    accepted: AtomicU64,
-    refused: AtomicU64,
-    stalled: AtomicU64,
-    accept_errors: AtomicU64,
-    clients_max: AtomicU64,
-}
-
-impl ServerStats {
-    /// Counts an accept that failed.
-    pub fn accept_failed(&self) {
-        self.accept_errors.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Counts a connection that was ended because its client did not take what it had asked for.
-    pub fn stalled(&self) {
-        self.stalled.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Counts a connection that is told that there are too many.
-    fn refuse(&self) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Takes a place of those that `counter` counts, of which there are `max`. False: there is
-    /// none.
-    fn take(counter: &AtomicU64, max: u64) -> bool {
-        let more = |count: u64| (count < max).then_some(count + 1);
-        counter
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
-            .is_ok()
-    }
-}
-
-impl MetricSource for ServerStats {
-    fn collect(&self, text: &mut Exposition) {
-        let open = || {
-            [&self.clients, &self.peers, &self.overflow].map(|count| count.load(Ordering::Relaxed))
-        };
-        text.family(
-            "quorate_http_connections",
-            MetricKind::Gauge,
-            "Connections open.",
-        );
-        text.sample(&[], open().iter().sum::<u64>());
-        text.family(
-            "quorate_http_peer_connections",
-            MetricKind::Gauge,
-            "Of these, connections of other nodes and of gateways.",
-        );
-        text.sample(&[], self.peers.load(Ordering::Relaxed));
-
-        let families = [
-            (
-                "quorate_http_connections_max",
-                MetricKind::Gauge,
-                "Connections that clients can have.",
-                &self.clients_max,
-            ),
-            (
-                "quorate_http_connections_accepted_total",
-                MetricKind::Counter,
-                "Connections served.",
-                &self.accepted,
-            ),
-            (
-                "quorate_http_connections_refused_total",
-                MetricKind::Counter,
-                "Connections past the limit.",
-                &self.refused,
-            ),
-            (
-                "quorate_http_connections_stalled_total",
-                MetricKind::Counter,
-                "Connections ended because their client did not take its answers.",
-                &self.stalled,
-            ),
-            (
-                "quorate_http_accept_errors_total",
-                MetricKind::Counter,
-                "Failed accepts.",
-                &self.accept_errors,
-            ),
-        ];
-        for (name, kind, help, value) in families {
-            text.family(name, kind, help);
-            text.sample(&[], value.load(Ordering::Relaxed));
-        }
-
-        text.family(
-            "quorate_open_files_max",
-            MetricKind::Gauge,
-            "Descriptors that this process may have.",
-        );
-        text.sample(&[], descriptors::limit());
-        if let Some(count) = descriptors::in_use() {
-            text.family(
-                "quorate_open_files",
-                MetricKind::Gauge,
-                "Descriptors that this process has.",
-            );
-            text.sample(&[], count);
-        }
-    }
-}
 
 /// Counts the connections of a server.
 #[derive(Debug)]
@@ -303,7 +192,7 @@ impl AdmissionPermit {
     /// Says what becomes of a request for `path`. The first for a peer route makes a peer of the
     /// connection.
     pub fn decide(&self, method: &Method, path: &str) -> AdmissionDecision {
-        let is_peer_request = self.admission.peers_max > 0 && peer::is_peer_route(method, path);
+        let is_peer_request = self.admission.peers_max > 0 && is_peer_route(method, path);
         match self.class() {
             AdmissionClass::Client if is_peer_request => {
                 self.become_peer(AdmissionClass::Peer, path);

@@ -32,14 +32,16 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use tower::Service;
 
-use super::admission::{AdmissionDecision, AdmissionPermit, ServerStats};
+use super::admission::{AdmissionDecision, AdmissionPermit};
+use super::client_info::ClientInfo;
 use super::drain::ConnectionDrainGuard;
 use super::framing;
 use super::head_budget::{HeadBudget, HeadLimitedStream};
-use super::listener::BUFFER_BYTES_MIN;
+use super::protocol::BUFFER_BYTES_MIN;
 use super::read_monitor::{ReadMonitor, RequestActivity};
 use super::response_tracker::ResponseTracker;
 use super::slow_clients::SlowClientLimit;
+use super::stats::ServerStats;
 use super::timed_stream::TimedStream;
 use super::wake_gate::WakeGate;
 use crate::budget::Budget;
@@ -78,13 +80,6 @@ pub struct ConnectionContext {
     pub slow_clients: SlowClientLimit,
     /// What heads of requests take.
     pub heads: Arc<Budget>,
-}
-
-/// Where a request came from. Every request has one among its extensions.
-#[derive(Debug, Clone)]
-pub struct ClientInfo {
-    pub address: SocketAddr,
-    pub activity: Arc<RequestActivity>,
 }
 
 /// What a connection and its requests share.

@@ -15,19 +15,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::admission::{Admission, ServerStats};
+use super::admission::Admission;
 use super::connection::{self, AdmittedConnection, ConnectionContext};
 use super::drain::{ConnectionDrainGuard, DrainGuard};
 use super::port_owner::{self, PortOwner};
+use super::protocol::protocol;
 use super::slow_clients::SlowClientLimit;
+use super::stats::ServerStats;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::descriptors::{self, Shares};
 use crate::http::limits::Limits;
@@ -37,27 +37,15 @@ use crate::telemetry::rarely;
 /// Connections that the kernel keeps for us between two accepts; it lowers this to its own limit.
 const BACKLOG: u32 = 4096;
 
-/// HTTP/2 flow control: a lane's frames must not wait for window updates.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-
 /// What the kernel keeps of an answer that its client does not take: it would take megabytes of
 /// each, which no budget of ours sees. What is on its way does not count, so this slows nobody
 /// down. Connections have it from the socket that they came in by.
 const UNSENT_BYTES_MAX: u32 = 128 << 10;
 
-/// How often a silent HTTP/2 connection is asked whether it still lives, and how long that may
-/// take.
-const PING_INTERVAL: Duration = Duration::from_secs(30);
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
-
 /// Waits after a failed accept. The usual cause is that file descriptors ran out, which only time
 /// cures.
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
-
-/// hyper refuses to buffer less than this.
-pub const BUFFER_BYTES_MIN: usize = 8 << 10;
 
 /// Why a server does not listen.
 #[derive(Debug, thiserror::Error)]
@@ -258,26 +246,6 @@ fn is_address_unavailable(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported
     ) || { error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) }
-}
-
-fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
-    let mut http = Builder::new(TokioExecutor::new());
-    http.http1()
-        .timer(TokioTimer::new())
-        .keep_alive(true)
-        // Its client is owed the answer. Whether it is still there, the socket finds out (`inbox`).
-        .half_close(true)
-        .header_read_timeout(limits.head_timeout)
-        .max_buf_size(limits.head_bytes_max.max(BUFFER_BYTES_MIN));
-    http.http2()
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_concurrent_streams(limits.streams_max)
-        .max_header_list_size(u32::try_from(limits.head_bytes_max).unwrap_or(u32::MAX))
-        .keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT);
-    http
 }
 
 /// The accept loop of one listener, and its connections.

@@ -6,18 +6,22 @@
 //! [`response_tracker`]), [`head_budget`] charges the heads of requests.
 
 mod admission;
+mod client_info;
 mod connection;
 mod drain;
 mod framing;
 mod head_budget;
 mod listener;
 mod port_owner;
+mod protocol;
 mod read_monitor;
 mod response_tracker;
 mod slow_clients;
+mod stats;
 mod timed_stream;
 mod wake_gate;
 
-pub use admission::ServerStats;
-pub use connection::ClientInfo;
-pub use listener::{BUFFER_BYTES_MIN, BindError, Server};
+pub use client_info::ClientInfo;
+pub use listener::{BindError, Server};
+pub use protocol::BUFFER_BYTES_MIN;
+pub use stats::ServerStats;

@@ -19,10 +19,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::admission::ServerStats;
 use super::read_monitor::ReadMonitor;
 use super::response_tracker::ResponseTracker;
 use super::slow_clients::{SendRate, SlowClientLimit};
+use super::stats::ServerStats;
 
 /// What must be taken within the time. Linux says that a socket takes more once half of what is
 /// kept unsent (`server::UNSENT_BYTES_MAX`) is gone, so who is slow has to take 64 KiB: over the

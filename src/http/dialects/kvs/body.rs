@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::super::JsonText;
+use crate::http::dialects::value::JsonText;
 
 /// A body.
 #[derive(Debug, Clone, Copy)]

@@ -26,11 +26,13 @@ use http::{Method, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::super::{DialectError, DisplayValue, JsonText, options};
 use super::body::{Fields, KvsBody};
 use super::refusal;
 use super::response::{KvsResponse, ResponseContent};
 use crate::client::store::WriteFailure;
+use crate::http::dialects::error::DialectError;
+use crate::http::dialects::request::options;
+use crate::http::dialects::value::{DisplayValue, JsonText};
 use crate::http::{App, blocking};
 use crate::sm::cluster::view::Layout;
 use crate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome, Record};

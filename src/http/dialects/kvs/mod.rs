@@ -35,10 +35,12 @@ use http::{Method, StatusCode};
 
 use self::body::KvsBody;
 use self::response::{KvsResponse, ResponseContent};
-use super::{DialectError, read_body};
 use crate::client::store::Failure;
 use crate::http::answer_budget::charge;
-use crate::http::metrics::{Dialect, RequestTimer};
+use crate::http::dialect::Dialect;
+use crate::http::dialects::error::DialectError;
+use crate::http::dialects::request::read_body;
+use crate::http::metrics::RequestTimer;
 use crate::http::{App, blocking};
 
 const PREFIX: &str = "/kvs/";

@@ -5,7 +5,8 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::super::{DialectError, json};
+use crate::http::dialects::error::DialectError;
+use crate::http::dialects::response::json;
 use crate::types::Address;
 
 /// What an answer says, without what may be added to any.

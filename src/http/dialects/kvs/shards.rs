@@ -16,12 +16,13 @@ use futures::future::try_join_all;
 use http::{Method, StatusCode};
 use tokio::time::timeout;
 
-use super::super::{ANSWER_TIMEOUT, DialectError, options};
 use super::refusal;
 use super::response::{KvsResponse, ResponseContent, ShardJson};
 use crate::client::shard_map::{ShardMap, ShardPlace};
 use crate::client::store::Failure;
 use crate::http::App;
+use crate::http::dialects::error::DialectError;
+use crate::http::dialects::request::{ANSWER_TIMEOUT, options};
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, NodeId};
 

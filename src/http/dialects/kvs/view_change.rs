@@ -20,7 +20,6 @@ use futures::future::try_join;
 use serde_json::value::RawValue;
 use tokio::time::{Instant, sleep};
 
-use super::super::{DialectError, options};
 use super::body::{Fields, KvsBody};
 use super::refusal;
 use super::response::{PartJson, ResponseContent, ShardJson};
@@ -33,6 +32,8 @@ use crate::client::view_change::{
 };
 use crate::http::App;
 use crate::http::change_waiters::PollSchedule;
+use crate::http::dialects::error::DialectError;
+use crate::http::dialects::request::options;
 use crate::http::metrics::RequestTimer;
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, PlanEpoch};
@@ -193,7 +194,7 @@ impl<'a> ViewChangeRun<'a> {
     async fn follow(&mut self, mut id: PlanEpoch) -> Result<PlanEpoch, DialectError> {
         self.ask_network();
         let mut schedule = PollSchedule::new(self.deadline);
-        while let Some(since) = schedule.next(self.app, self.store.as_ref(), id).await {
+        while let Some(since) = schedule.next(&*self.app.readiness, &*self.store, id).await {
             match self.look(id, since).await {
                 Ok(Some(change)) if change.phase == Phase::Done => return Ok(id),
                 Ok(Some(change)) if change.phase == Phase::Superseded => {
@@ -215,7 +216,11 @@ impl<'a> ViewChangeRun<'a> {
         since: Instant,
     ) -> Result<Option<ChangeInProgress>, Failure> {
         if Arc::ptr_eq(&self.store, &self.app.store) {
-            return self.app.changes.look(self.app, id, since, options()).await;
+            return self
+                .app
+                .changes
+                .look(&*self.app.store, id, since, options())
+                .await;
         }
         self.store.operation(id, options()).await
     }

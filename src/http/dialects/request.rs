@@ -1,0 +1,35 @@
+//! How the requests of the fixed dialects are read and done.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use http::request::Parts;
+
+use super::error::DialectError;
+use crate::client::store::{Consistency, Options, Routing};
+use crate::http::app::App;
+use crate::http::body::{self, BodyBytes, BodyLimit};
+
+/// How long an answer is waited for. The contracts promise a word within 5 s when there is no
+/// quorum.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
+
+/// How every request of a fixed dialect is done.
+pub fn options() -> Options {
+    Options {
+        consistency: Consistency::Linearizable,
+        routing: Routing::Proxy,
+        timeout: ANSWER_TIMEOUT,
+    }
+}
+
+/// The whole body, whatever its type is called.
+pub async fn read_body(app: &App, parts: &Parts, body: Body) -> Result<BodyBytes, DialectError> {
+    let limit = BodyLimit {
+        bytes_max: app.limits.body_bytes_max,
+        what: "a body",
+    };
+    body::read(parts, body, limit, &app.limits, &app.bodies)
+        .await
+        .map_err(DialectError::from)
+}
