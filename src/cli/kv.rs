@@ -25,11 +25,11 @@ pub struct KvArguments {
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    command: KvCommand,
+    command: KvSubcommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum KvCommand {
+enum KvSubcommand {
     /// Write a key's value to standard output, byte for byte
     #[command(after_help = EXIT_CODES)]
     Get {
@@ -123,8 +123,8 @@ fn entity_tag(text: String) -> String {
 pub async fn run(arguments: KvArguments) -> Result<Exit, CliError> {
     let mut client = arguments.servers.client();
     match arguments.command {
-        KvCommand::Get { key, stale } => get(&mut client, &key, stale, arguments.json).await,
-        KvCommand::Put {
+        KvSubcommand::Get { key, stale } => get(&mut client, &key, stale, arguments.json).await,
+        KvSubcommand::Put {
             key,
             value,
             file,
@@ -147,7 +147,7 @@ pub async fn run(arguments: KvArguments) -> Result<Exit, CliError> {
                 &text,
             )
         }
-        KvCommand::Del { key, conditions } => match client
+        KvSubcommand::Del { key, conditions } => match client
             .delete(key.as_bytes(), &conditions.headers(None))
             .await?
         {
@@ -161,7 +161,7 @@ pub async fn run(arguments: KvArguments) -> Result<Exit, CliError> {
                 )
             }
         },
-        KvCommand::Ls {
+        KvSubcommand::Ls {
             prefix,
             limit,
             keys_only,

@@ -207,7 +207,7 @@ impl ShardCaller {
         };
         let body = match read_reply(response, REPLY_BYTES_MAX, charge).await {
             Ok(body) => body,
-            Err(ReplyError::NoRoom) if request.body.is_read() => {
+            Err(BodyError::NoRoom) if request.body.is_read() => {
                 return Err(CallError::Refused {
                     address: address.clone(),
                     failure: Failure::no_room(&self.answers),
@@ -294,7 +294,7 @@ impl CallRoom {
             return Ok(place);
         }
 
-        let waiting = Waiting::begin(self, address);
+        let waiting = QueuedCall::begin(self, address);
         let entered = async {
             loop {
                 if let Some(place) = self.try_enter(address) {
@@ -384,13 +384,13 @@ impl Drop for CallPlace<'_> {
 }
 
 /// A call that waits for a place.
-struct Waiting<'a> {
+struct QueuedCall<'a> {
     room: &'a CallRoom,
     address: &'a Address,
     freed: Arc<Notify>,
 }
 
-impl<'a> Waiting<'a> {
+impl<'a> QueuedCall<'a> {
     fn begin(room: &'a CallRoom, address: &'a Address) -> Self {
         let mut state = room.lock();
         let of_address = state.addresses.entry(address.clone()).or_default();
@@ -405,7 +405,7 @@ impl<'a> Waiting<'a> {
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for QueuedCall<'_> {
     fn drop(&mut self) {
         let mut state = self.room.lock();
         if let Some(room) = state.addresses.get_mut(self.address) {
@@ -455,7 +455,7 @@ pub(super) async fn failure_of(response: reqwest::Response) -> Failure {
 
 /// Why the body of a reply was not read to its end.
 #[derive(Debug, thiserror::Error)]
-enum ReplyError {
+enum BodyError {
     #[error("there is no room for its reply now")]
     NoRoom,
     #[error("its reply is larger than {bytes_max} bytes")]
@@ -469,21 +469,21 @@ async fn read_reply(
     mut response: reqwest::Response,
     bytes_max: usize,
     mut charge: impl FnMut(usize) -> bool,
-) -> Result<Vec<u8>, ReplyError> {
+) -> Result<Vec<u8>, BodyError> {
     let declared = response
         .content_length()
         .and_then(|bytes| usize::try_from(bytes).ok())
         .unwrap_or(0);
     if declared > bytes_max {
-        return Err(ReplyError::TooLarge { bytes_max });
+        return Err(BodyError::TooLarge { bytes_max });
     }
     let mut body = Vec::with_capacity(declared.min(1 << 20));
-    while let Some(piece) = response.chunk().await.map_err(ReplyError::Broken)? {
+    while let Some(piece) = response.chunk().await.map_err(BodyError::Broken)? {
         if body.len() + piece.len() > bytes_max {
-            return Err(ReplyError::TooLarge { bytes_max });
+            return Err(BodyError::TooLarge { bytes_max });
         }
         if !charge(piece.len()) {
-            return Err(ReplyError::NoRoom);
+            return Err(BodyError::NoRoom);
         }
         body.extend_from_slice(&piece);
     }

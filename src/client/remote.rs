@@ -69,7 +69,7 @@ pub struct HttpAccess {
     caller: ShardCaller,
     book: AddressBook,
     map: RwLock<Option<Arc<ShardMap>>>,
-    leaders: Mutex<HashMap<GroupId, Hint>>,
+    leaders: Mutex<HashMap<GroupId, LeaderHint>>,
     contacts: Contacts,
     /// Held while the map is asked for; when that was last.
     refreshing: tokio::sync::Mutex<Option<Instant>>,
@@ -77,7 +77,7 @@ pub struct HttpAccess {
 
 /// What the last call says of who leads a shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Hint {
+enum LeaderHint {
     /// It answered.
     Leads(Address),
     /// It did not answer: the others first.
@@ -93,7 +93,7 @@ struct Transfer {
 }
 
 #[derive(Deserialize)]
-struct Transferred {
+struct TransferReply {
     leader: Address,
 }
 
@@ -137,15 +137,15 @@ impl HttpAccess {
         let mut attempts: VecDeque<(Address, Hop)> =
             known.map(|address| (address, Hop::Answer)).collect();
         match hint {
-            Some(Hint::Leads(leader)) => attempts.push_front((leader, Hop::Answer)),
-            Some(Hint::Silent(silent)) => {
+            Some(LeaderHint::Leads(leader)) => attempts.push_front((leader, Hop::Answer)),
+            Some(LeaderHint::Silent(silent)) => {
                 attempts.retain(|(address, _)| *address != silent);
                 attempts.push_back((silent, Hop::Answer));
             }
-            Some(Hint::Around(relay, since)) if since.elapsed() < AROUND_FOR => {
+            Some(LeaderHint::Around(relay, since)) if since.elapsed() < AROUND_FOR => {
                 attempts.push_front((relay, Hop::Relay))
             }
-            Some(Hint::Around(..)) | None => {}
+            Some(LeaderHint::Around(..)) | None => {}
         }
         attempts
     }
@@ -153,7 +153,7 @@ impl HttpAccess {
     /// Who answered last for the shard.
     fn leader(&self, shard: GroupId, map: &ShardMap) -> Option<NodeId> {
         match self.leaders.lock().get(&shard) {
-            Some(Hint::Leads(address)) => {
+            Some(LeaderHint::Leads(address)) => {
                 let mut named = map
                     .nodes()
                     .filter(|(_, place)| self.book.address(place) == address);
@@ -164,22 +164,24 @@ impl HttpAccess {
                     map.shard(shard)?.leader
                 }
             }
-            Some(Hint::Silent(_) | Hint::Around(..)) | None => map.shard(shard)?.leader,
+            Some(LeaderHint::Silent(_) | LeaderHint::Around(..)) | None => map.shard(shard)?.leader,
         }
     }
 
     /// That a node passes requests on, since the first that it did: the leader is tried again after
     /// a while.
-    fn around(&self, shard: GroupId, relay: Address) -> Hint {
+    fn around(&self, shard: GroupId, relay: Address) -> LeaderHint {
         match self.leaders.lock().get(&shard) {
-            Some(Hint::Around(known, since)) if *known == relay && since.elapsed() < AROUND_FOR => {
-                Hint::Around(relay, *since)
+            Some(LeaderHint::Around(known, since))
+                if *known == relay && since.elapsed() < AROUND_FOR =>
+            {
+                LeaderHint::Around(relay, *since)
             }
-            Some(_) | None => Hint::Around(relay, Instant::now()),
+            Some(_) | None => LeaderHint::Around(relay, Instant::now()),
         }
     }
 
-    fn remember(&self, shard: GroupId, hint: Option<Hint>) {
+    fn remember(&self, shard: GroupId, hint: Option<LeaderHint>) {
         let mut leaders = self.leaders.lock();
         match hint {
             Some(hint) => drop(leaders.insert(shard, hint)),
@@ -238,7 +240,7 @@ impl HttpAccess {
                 Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => failure,
                 Ok(reply) => {
                     let hint = match hop {
-                        Hop::Answer => Hint::Leads(address),
+                        Hop::Answer => LeaderHint::Leads(address),
                         Hop::Relay => self.around(shard, address),
                     };
                     self.remember(
@@ -248,7 +250,7 @@ impl HttpAccess {
                     return reply;
                 }
                 Err(error @ CallError::NoAnswer { .. }) => {
-                    self.remember(shard, Some(Hint::Silent(address)));
+                    self.remember(shard, Some(LeaderHint::Silent(address)));
                     match effect {
                         Effect::Safe => effect.told(error.into()),
                         // Whether it may be done again is for the router to know.
@@ -264,7 +266,7 @@ impl HttpAccess {
                 Err(CallError::Refused { failure, .. }) => return ShardReply::Failed(failure),
                 Err(error @ CallError::NotConnected { .. }) => {
                     closed.push(address.clone());
-                    self.remember(shard, Some(Hint::Silent(address)));
+                    self.remember(shard, Some(LeaderHint::Silent(address)));
                     error.into()
                 }
             };
@@ -382,7 +384,8 @@ impl HttpAccess {
         if !response.status().is_success() {
             return Err((Speaker::Server, failure_of(response).await));
         }
-        let transferred: Result<Transferred, _> = reply::read_json(response, SMALL_BYTES_MAX).await;
+        let transferred: Result<TransferReply, _> =
+            reply::read_json(response, SMALL_BYTES_MAX).await;
         match transferred {
             Ok(transferred) => Ok(transferred.leader),
             Err(error) => Err((

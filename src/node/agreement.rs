@@ -60,7 +60,7 @@ enum Comparing {
 }
 
 /// What members told of the comparison at one entry.
-struct Told {
+struct DigestAnswers {
     at: LogId,
     members: BTreeMap<ReplicaId, NodeId>,
     digests: BTreeMap<ReplicaId, String>,
@@ -172,7 +172,7 @@ impl Agreement {
     }
 
     /// Asks every member with a map for the digest that it has noted at that entry.
-    async fn ask(&mut self, group: &Replica, at: LogId) -> Told {
+    async fn ask(&mut self, group: &Replica, at: LogId) -> DigestAnswers {
         let (id, own) = (group.key().group, group.key().replica);
         let membership = group.status().membership;
         let all = membership
@@ -203,7 +203,7 @@ impl Agreement {
         let digests = noted
             .map(|(replica, noted)| (replica, noted.digest))
             .collect();
-        Told {
+        DigestAnswers {
             at,
             members,
             digests,
@@ -235,7 +235,7 @@ impl Agreement {
     }
 
     /// Does what follows. Returns whether nothing more is to be looked after soon.
-    async fn conclude(&self, group: &Replica, told: &Told) -> bool {
+    async fn conclude(&self, group: &Replica, told: &DigestAnswers) -> bool {
         let (id, own) = (group.key().group, group.key().replica);
         let members: BTreeSet<ReplicaId> = told.members.keys().copied().collect();
         match judge(&members, &told.digests) {
@@ -323,7 +323,12 @@ impl Agreement {
     }
 
     /// This replica differs itself: one that does not is to lead, and has this one rebuilt.
-    async fn hand_over(&self, group: &Replica, told: &Told, differing: &BTreeSet<ReplicaId>) {
+    async fn hand_over(
+        &self,
+        group: &Replica,
+        told: &DigestAnswers,
+        differing: &BTreeSet<ReplicaId>,
+    ) {
         let id = group.key().group;
         for replica in told
             .digests
@@ -347,7 +352,12 @@ impl Agreement {
         }
     }
 
-    async fn rebuild(&self, group: &Replica, told: &Told, differing: &BTreeSet<ReplicaId>) {
+    async fn rebuild(
+        &self,
+        group: &Replica,
+        told: &DigestAnswers,
+        differing: &BTreeSet<ReplicaId>,
+    ) {
         for replica in differing {
             let Some(node) = told.members.get(replica) else {
                 continue;

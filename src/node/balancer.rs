@@ -29,7 +29,7 @@ const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Hands leaderships over to their homes, unless these lack room on their disks, are stopping, or
 /// have replicas that do not run.
-pub struct Balancer {
+pub struct LeaderPlacement {
     member: Arc<Member>,
     /// The homes of shards that this node leads that have been good enough to lead, without a
     /// break.
@@ -45,7 +45,7 @@ struct Steady {
     committed: Option<LogId>,
 }
 
-impl Balancer {
+impl LeaderPlacement {
     pub fn new(member: Arc<Member>) -> Self {
         Self {
             member,

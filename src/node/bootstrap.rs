@@ -19,7 +19,7 @@ use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
 /// What a node knows of itself.
 #[derive(Debug, Clone, Copy)]
-pub struct Own<'a> {
+pub struct OwnFacts<'a> {
     pub address: &'a Address,
     pub directory: DirectoryId,
     /// Its `VIEW` as a set: sorted, without duplicates.
@@ -33,14 +33,14 @@ pub struct Own<'a> {
 
 /// What came of asking a node who it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Heard {
+pub enum PeerAnswer {
     Silent { reason: String },
     Identity(Identity),
 }
 
 /// What to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
+pub enum BootstrapStep {
     /// This directory belongs to a cluster, or is about to found one: start from it.
     Start,
     /// Every node of the `VIEW` answers and may promise: ask each for its promise, then found.
@@ -48,14 +48,14 @@ pub enum Step {
     /// A cluster names this directory as this node.
     Adopt { view: Box<View>, node: NodeId },
     /// Ask again in a while.
-    Wait(Waiting),
+    Wait(WaitReason),
     /// Asking again will not help: another program has to be started here.
     Refuse(TooOld),
 }
 
 /// What a node waits for. Its `Display` is what the log and `/readyz` say.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Waiting {
+pub enum WaitReason {
     /// To found, every node of the `VIEW` must answer.
     ForNodes(Vec<(Address, String)>),
     /// The first of the sorted `VIEW` founds.
@@ -101,10 +101,10 @@ pub enum Mismatch {
     },
 }
 
-impl fmt::Display for Waiting {
+impl fmt::Display for WaitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Waiting::ForNodes(nodes) => {
+            WaitReason::ForNodes(nodes) => {
                 let nodes: Vec<String> = nodes
                     .iter()
                     .map(|(address, reason)| format!("{address} ({reason})"))
@@ -115,18 +115,18 @@ impl fmt::Display for Waiting {
                     nodes.join(", ")
                 )
             }
-            Waiting::ForCluster { view } => write!(
+            WaitReason::ForCluster { view } => write!(
                 f,
                 "waiting for a cluster to join: of {} none that answers belongs to one, and with \
                  --join-only this node founds none. If a cluster was here, start a node that still \
                  has its data; to found a new one, start every node without --join-only",
                 list(view)
             ),
-            Waiting::ForFounder { founder } => write!(
+            WaitReason::ForFounder { founder } => write!(
                 f,
                 "waiting for {founder}, the first of the VIEW, to found the cluster"
             ),
-            Waiting::Spare { cluster, members } => {
+            WaitReason::Spare { cluster, members } => {
                 let cluster =
                     cluster.map_or("the cluster".to_owned(), |id| format!("cluster {id}"));
                 write!(
@@ -135,7 +135,7 @@ impl fmt::Display for Waiting {
                     list(members)
                 )
             }
-            Waiting::LostDirectory {
+            WaitReason::LostDirectory {
                 cluster,
                 node,
                 members,
@@ -145,59 +145,61 @@ impl fmt::Display for Waiting {
                  which counts as lost; this one waits as a spare; members: {}",
                 list(members)
             ),
-            Waiting::Mismatch(mismatch) => mismatch.fmt(f),
+            WaitReason::Mismatch(mismatch) => mismatch.fmt(f),
         }
     }
 }
 
-impl Waiting {
+impl WaitReason {
     /// The members of the cluster that exists, as far as they are known.
     pub fn members(&self) -> &[Address] {
         match self {
-            Waiting::Spare { members, .. } | Waiting::LostDirectory { members, .. } => members,
-            Waiting::ForNodes(_)
-            | Waiting::ForFounder { .. }
-            | Waiting::ForCluster { .. }
-            | Waiting::Mismatch(_) => &[],
+            WaitReason::Spare { members, .. } | WaitReason::LostDirectory { members, .. } => {
+                members
+            }
+            WaitReason::ForNodes(_)
+            | WaitReason::ForFounder { .. }
+            | WaitReason::ForCluster { .. }
+            | WaitReason::Mismatch(_) => &[],
         }
     }
 
     pub fn is_spare(&self) -> bool {
         match self {
-            Waiting::Spare { .. } | Waiting::LostDirectory { .. } => true,
-            Waiting::ForNodes(_)
-            | Waiting::ForFounder { .. }
-            | Waiting::ForCluster { .. }
-            | Waiting::Mismatch(_) => false,
+            WaitReason::Spare { .. } | WaitReason::LostDirectory { .. } => true,
+            WaitReason::ForNodes(_)
+            | WaitReason::ForFounder { .. }
+            | WaitReason::ForCluster { .. }
+            | WaitReason::Mismatch(_) => false,
         }
     }
 
     /// Stable, for scripts.
     pub fn code(&self) -> &'static str {
         match self {
-            Waiting::Spare { .. } | Waiting::LostDirectory { .. } => "spare",
-            Waiting::ForCluster { .. } => "no-cluster",
-            Waiting::ForNodes(_) | Waiting::ForFounder { .. } => "starting",
-            Waiting::Mismatch(Mismatch::ViewsDiffer { .. }) => "views-differ",
-            Waiting::Mismatch(Mismatch::PromisedElsewhere { .. }) => "promised-elsewhere",
+            WaitReason::Spare { .. } | WaitReason::LostDirectory { .. } => "spare",
+            WaitReason::ForCluster { .. } => "no-cluster",
+            WaitReason::ForNodes(_) | WaitReason::ForFounder { .. } => "starting",
+            WaitReason::Mismatch(Mismatch::ViewsDiffer { .. }) => "views-differ",
+            WaitReason::Mismatch(Mismatch::PromisedElsewhere { .. }) => "promised-elsewhere",
         }
     }
 }
 
 /// What the node with `own` should do, having heard this from the other nodes of its `VIEW`.
-pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
+pub fn next_step(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> BootstrapStep {
     match own.stamp {
         Stamp::Member { view, .. } | Stamp::Founding { view } => {
-            return too_old(own, view).unwrap_or(Step::Start);
+            return too_old(own, view).unwrap_or(BootstrapStep::Start);
         }
         Stamp::Retired {
             cluster, members, ..
         } => {
-            let spare = Waiting::Spare {
+            let spare = WaitReason::Spare {
                 cluster: Some(*cluster),
                 members: members.clone(),
             };
-            return known_cluster(own, heard).unwrap_or(Step::Wait(spare));
+            return known_cluster(own, heard).unwrap_or(BootstrapStep::Wait(spare));
         }
         Stamp::Fresh | Stamp::Promised { .. } => {}
     }
@@ -205,52 +207,55 @@ pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
         return step;
     }
     if !own.view.contains(own.address) {
-        return Step::Wait(Waiting::Spare {
+        return BootstrapStep::Wait(WaitReason::Spare {
             cluster: None,
             members: own.view.to_vec(),
         });
     }
     if own.join_only {
-        return Step::Wait(Waiting::ForCluster {
+        return BootstrapStep::Wait(WaitReason::ForCluster {
             view: own.view.to_vec(),
         });
     }
     if let Some(mismatch) = first_mismatch(own, heard) {
-        return Step::Wait(Waiting::Mismatch(mismatch));
+        return BootstrapStep::Wait(WaitReason::Mismatch(mismatch));
     }
     let others = own.view.iter().filter(|address| *address != own.address);
     let silent: Vec<(Address, String)> = others
         .filter_map(|address| silence(address, heard))
         .collect();
     match own.view.first() {
-        Some(founder) if founder != own.address => Step::Wait(Waiting::ForFounder {
+        Some(founder) if founder != own.address => BootstrapStep::Wait(WaitReason::ForFounder {
             founder: founder.clone(),
         }),
-        _ if silent.is_empty() => Step::AskPromises,
-        _ => Step::Wait(Waiting::ForNodes(silent)),
+        _ if silent.is_empty() => BootstrapStep::AskPromises,
+        _ => BootstrapStep::Wait(WaitReason::ForNodes(silent)),
     }
 }
 
 /// Refuses a cluster whose leaders may propose what this program does not read.
-fn too_old(own: Own<'_>, view: &View) -> Option<Step> {
-    (view.level > own.speaks).then(|| Step::Refuse(TooOld::new(view.level, own.speaks)))
+fn too_old(own: OwnFacts<'_>, view: &View) -> Option<BootstrapStep> {
+    (view.level > own.speaks).then(|| BootstrapStep::Refuse(TooOld::new(view.level, own.speaks)))
 }
 
-fn silence(address: &Address, heard: &BTreeMap<Address, Heard>) -> Option<(Address, String)> {
+fn silence(address: &Address, heard: &BTreeMap<Address, PeerAnswer>) -> Option<(Address, String)> {
     match heard.get(address) {
-        Some(Heard::Identity(_)) => None,
-        Some(Heard::Silent { reason }) => Some((address.clone(), reason.clone())),
+        Some(PeerAnswer::Identity(_)) => None,
+        Some(PeerAnswer::Silent { reason }) => Some((address.clone(), reason.clone())),
         None => Some((address.clone(), "not asked yet".to_owned())),
     }
 }
 
 /// What follows from a cluster that a node of the `VIEW` belongs, or belonged, to. The newest view
 /// that anyone knows counts.
-fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step> {
+fn known_cluster(
+    own: OwnFacts<'_>,
+    heard: &BTreeMap<Address, PeerAnswer>,
+) -> Option<BootstrapStep> {
     let standings = || {
         heard.values().filter_map(|heard| match heard {
-            Heard::Identity(identity) => Some(&identity.standing),
-            Heard::Silent { .. } => None,
+            PeerAnswer::Identity(identity) => Some(&identity.standing),
+            PeerAnswer::Silent { .. } => None,
         })
     };
     let views = standings().filter_map(|standing| match standing {
@@ -259,10 +264,12 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
     });
     let Some(view) = views.max_by_key(|view| view.version) else {
         return standings().find_map(|standing| match standing {
-            Standing::Retired { cluster, members } => Some(Step::Wait(Waiting::Spare {
-                cluster: Some(*cluster),
-                members: members.clone(),
-            })),
+            Standing::Retired { cluster, members } => {
+                Some(BootstrapStep::Wait(WaitReason::Spare {
+                    cluster: Some(*cluster),
+                    members: members.clone(),
+                }))
+            }
             Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } => None,
         });
     };
@@ -283,7 +290,7 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
         .find(|(id, node)| node.directory == own.directory && is_new(id))
     {
         return too_old(own, view).or_else(|| {
-            Some(Step::Adopt {
+            Some(BootstrapStep::Adopt {
                 view: view.clone(),
                 node: *node,
             })
@@ -295,23 +302,23 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
         .map(|node| node.address.clone())
         .collect();
     let waiting = match view.node_at(own.address).filter(is_new) {
-        Some(node) => Waiting::LostDirectory {
+        Some(node) => WaitReason::LostDirectory {
             cluster: view.cluster,
             node,
             members,
         },
-        None => Waiting::Spare {
+        None => WaitReason::Spare {
             cluster: Some(view.cluster),
             members,
         },
     };
-    Some(Step::Wait(waiting))
+    Some(BootstrapStep::Wait(waiting))
 }
 
-fn first_mismatch(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Mismatch> {
+fn first_mismatch(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> Option<Mismatch> {
     let i_found = own.view.first() == Some(own.address);
     heard.iter().find_map(|(address, heard)| {
-        let Heard::Identity(identity) = heard else {
+        let PeerAnswer::Identity(identity) = heard else {
             return None;
         };
         match &identity.standing {
@@ -347,7 +354,10 @@ fn first_mismatch(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Mism
 /// # Errors
 ///
 /// Why not, for the operator of the asking node.
-pub fn answer_promise(own: Own<'_>, request: &PromiseRequest) -> Result<Option<Stamp>, String> {
+pub fn answer_promise(
+    own: OwnFacts<'_>,
+    request: &PromiseRequest,
+) -> Result<Option<Stamp>, String> {
     if request.view != own.view {
         return Err(format!(
             "the VIEWs differ: mine is {}, yours is {}",
@@ -383,7 +393,7 @@ pub fn answer_promise(own: Own<'_>, request: &PromiseRequest) -> Result<Option<S
 }
 
 /// What a node says of itself to others.
-pub fn standing(own: Own<'_>) -> Standing {
+pub fn standing(own: OwnFacts<'_>) -> Standing {
     match own.stamp {
         Stamp::Fresh => Standing::Fresh {
             view: own.view.to_vec(),
@@ -406,7 +416,7 @@ pub fn standing(own: Own<'_>) -> Standing {
 
 /// What came of greeting an address before this node starts from its data.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Met {
+pub enum GreetingOutcome {
     Silent,
     /// A member of the same cluster.
     Ours {
@@ -458,18 +468,20 @@ pub enum NoStart {
 pub fn may_start(
     cluster: ClusterId,
     view: &[Address],
-    met: &BTreeMap<Address, Met>,
+    met: &BTreeMap<Address, GreetingOutcome>,
 ) -> Result<Vec<(Address, ClusterId)>, NoStart> {
     for (address, met) in met {
         match met {
-            Met::Doubled { at } => return Err(NoStart::Doubled { at: at.clone() }),
-            Met::Outdated { number } => {
+            GreetingOutcome::Doubled { at } => return Err(NoStart::Doubled { at: at.clone() }),
+            GreetingOutcome::Outdated { number } => {
                 return Err(NoStart::Outdated {
                     by: address.clone(),
                     number: *number,
                 });
             }
-            Met::Silent | Met::Ours { .. } | Met::Stranger { .. } => {}
+            GreetingOutcome::Silent
+            | GreetingOutcome::Ours { .. }
+            | GreetingOutcome::Stranger { .. } => {}
         }
     }
     let named = || {
@@ -478,17 +490,17 @@ pub fn may_start(
     };
     let others: Vec<(Address, ClusterId)> = named()
         .filter_map(|(address, met)| match met {
-            Met::Stranger {
+            GreetingOutcome::Stranger {
                 cluster: Some(theirs),
             } if *theirs != cluster => Some((address.clone(), *theirs)),
-            Met::Stranger { .. }
-            | Met::Silent
-            | Met::Ours { .. }
-            | Met::Outdated { .. }
-            | Met::Doubled { .. } => None,
+            GreetingOutcome::Stranger { .. }
+            | GreetingOutcome::Silent
+            | GreetingOutcome::Ours { .. }
+            | GreetingOutcome::Outdated { .. }
+            | GreetingOutcome::Doubled { .. } => None,
         })
         .collect();
-    let has_ours = named().any(|(_, met)| matches!(met, Met::Ours { .. }));
+    let has_ours = named().any(|(_, met)| matches!(met, GreetingOutcome::Ours { .. }));
     match others.first() {
         Some((at, theirs)) if !has_ours => Err(NoStart::OtherCluster {
             own: cluster,
@@ -501,7 +513,7 @@ pub fn may_start(
 
 /// Returns what is to be said of a `VIEW` without this node's own address, of which it is not told
 /// otherwise who it is.
-pub fn unnamed(own: Own<'_>) -> Option<String> {
+pub fn unnamed(own: OwnFacts<'_>) -> Option<String> {
     let is_new = matches!(own.stamp, Stamp::Fresh | Stamp::Promised { .. });
     (is_new && !own.view.contains(own.address)).then(|| {
         format!(
@@ -548,8 +560,8 @@ mod tests {
     }
 
     impl Actor {
-        fn own(&self) -> Own<'_> {
-            Own {
+        fn own(&self) -> OwnFacts<'_> {
+            OwnFacts {
                 address: &self.address,
                 directory: self.directory,
                 view: &self.view,
@@ -589,16 +601,16 @@ mod tests {
         actors: &[Actor],
         by: usize,
         reachable: impl Fn(usize) -> bool,
-    ) -> BTreeMap<Address, Heard> {
+    ) -> BTreeMap<Address, PeerAnswer> {
         let others = actors.iter().enumerate().filter(|(i, _)| *i != by);
         let hear = |(i, actor): (usize, &Actor)| {
-            let silent = Heard::Silent {
+            let silent = PeerAnswer::Silent {
                 reason: "connection refused".into(),
             };
             (
                 actor.address.clone(),
                 if reachable(i) {
-                    Heard::Identity(actor.identity())
+                    PeerAnswer::Identity(actor.identity())
                 } else {
                     silent
                 },
@@ -627,16 +639,16 @@ mod tests {
         let step = next_step(actors[0].own(), &heard(&actors, 0, |i| i != 2));
         assert_eq!(
             step,
-            Step::Wait(Waiting::ForNodes(vec![(
+            BootstrapStep::Wait(WaitReason::ForNodes(vec![(
                 address(2),
                 "connection refused".into()
             )]))
         );
         assert_eq!(
             next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
-            Step::AskPromises
+            BootstrapStep::AskPromises
         );
-        let waits = Step::Wait(Waiting::ForFounder {
+        let waits = BootstrapStep::Wait(WaitReason::ForFounder {
             founder: address(0),
         });
         assert_eq!(
@@ -657,7 +669,7 @@ mod tests {
         for (stamp, by) in [(Stamp::Fresh, 1), (actors[0].stamp.clone(), 0)] {
             let step = |speaks| {
                 next_step(
-                    Own {
+                    OwnFacts {
                         stamp: &stamp,
                         speaks,
                         ..actors[by].own()
@@ -665,14 +677,17 @@ mod tests {
                     &heard,
                 )
             };
-            let Step::Refuse(refusal) = step(3) else {
+            let BootstrapStep::Refuse(refusal) = step(3) else {
                 panic!("not refused")
             };
             assert_eq!(
                 refusal.to_string(),
                 "this cluster uses level 4, this program knows 3: start a newer one"
             );
-            assert!(matches!(step(4), Step::Start | Step::Adopt { .. }));
+            assert!(matches!(
+                step(4),
+                BootstrapStep::Start | BootstrapStep::Adopt { .. }
+            ));
         }
     }
 
@@ -684,7 +699,7 @@ mod tests {
         let node = view.node_at(&address(1)).expect("a member");
         assert_eq!(
             next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
-            Step::Adopt { view, node }
+            BootstrapStep::Adopt { view, node }
         );
     }
 
@@ -702,7 +717,7 @@ mod tests {
         };
         let step = next_step(actors[1].own(), &heard(&actors, 1, |_| true));
         assert!(
-            matches!(&step, Step::Wait(Waiting::Spare { .. })),
+            matches!(&step, BootstrapStep::Wait(WaitReason::Spare { .. })),
             "{step:?}"
         );
         // Under another id it is a newcomer.
@@ -714,7 +729,7 @@ mod tests {
         };
         assert_eq!(
             next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
-            Step::Adopt {
+            BootstrapStep::Adopt {
                 view: later,
                 node: NodeId(9)
             }
@@ -730,7 +745,7 @@ mod tests {
             node: NodeId(3),
             members: members.clone(),
         };
-        let spare = Step::Wait(Waiting::Spare {
+        let spare = BootstrapStep::Wait(WaitReason::Spare {
             cluster: Some(ClusterId(7)),
             members,
         });
@@ -754,13 +769,13 @@ mod tests {
         actors[0].directory = DirectoryId(99);
         let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
         assert!(
-            matches!(step, Step::Wait(Waiting::LostDirectory { .. })),
+            matches!(step, BootstrapStep::Wait(WaitReason::LostDirectory { .. })),
             "{step:?}"
         );
         actors[0].address = address(9);
         let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
         assert!(
-            matches!(step, Step::Wait(Waiting::Spare { .. })),
+            matches!(step, BootstrapStep::Wait(WaitReason::Spare { .. })),
             "{step:?}"
         );
     }
@@ -769,13 +784,14 @@ mod tests {
     fn views_that_differ_are_waited_for_naming_both() {
         let mut actors = actors(3);
         assert_eq!(unnamed(actors[0].own()), None);
-        let stranger = Own {
+        let stranger = OwnFacts {
             address: &address(7),
             ..actors[0].own()
         };
         assert!(unnamed(stranger).is_some_and(|said| said.contains("cluster add 10.0.0.7:1")));
         actors[1].view = vec![address(0), address(1)];
-        let Step::Wait(waiting) = next_step(actors[0].own(), &heard(&actors, 0, |_| true)) else {
+        let BootstrapStep::Wait(waiting) = next_step(actors[0].own(), &heard(&actors, 0, |_| true))
+        else {
             panic!("it ends")
         };
         assert_eq!(
@@ -802,7 +818,7 @@ mod tests {
         actors[1].view = actors[0].view.clone();
         assert_eq!(
             next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
-            Step::AskPromises
+            BootstrapStep::AskPromises
         );
     }
 
@@ -816,7 +832,7 @@ mod tests {
             let step = next_step(actors[i].own(), &heard(&actors, i, |_| true));
             assert_eq!(
                 step,
-                Step::Wait(Waiting::ForCluster {
+                BootstrapStep::Wait(WaitReason::ForCluster {
                     view: actors[i].view.clone()
                 }),
                 "node {i}"
@@ -825,7 +841,7 @@ mod tests {
         actors[0].join_only = false;
         assert_eq!(
             next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
-            Step::AskPromises
+            BootstrapStep::AskPromises
         );
         let request = PromiseRequest {
             view: actors[0].view.clone(),
@@ -840,7 +856,7 @@ mod tests {
         let node = view.node_at(&address(1)).expect("a member");
         assert_eq!(
             next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
-            Step::Adopt { view, node },
+            BootstrapStep::Adopt { view, node },
             "it joins"
         );
     }
@@ -849,12 +865,12 @@ mod tests {
     fn a_directory_starts_where_its_cluster_is_and_not_among_others() {
         let (own, other) = (ClusterId(1), ClusterId(2));
         let view: Vec<Address> = (0..3).map(address).collect();
-        let ours = Met::Ours {
+        let ours = GreetingOutcome::Ours {
             directory: DirectoryId(7),
             address: address(0),
         };
-        let stranger = |cluster| Met::Stranger { cluster };
-        let decide = |met: &[(usize, Met)]| {
+        let stranger = |cluster| GreetingOutcome::Stranger { cluster };
+        let decide = |met: &[(usize, GreetingOutcome)]| {
             let met = met
                 .iter()
                 .map(|(at, met)| (address(*at), met.clone()))
@@ -863,7 +879,7 @@ mod tests {
         };
         assert_eq!(decide(&[]), Ok(Vec::new()));
         assert_eq!(
-            decide(&[(0, Met::Silent), (1, stranger(None))]),
+            decide(&[(0, GreetingOutcome::Silent), (1, stranger(None))]),
             Ok(Vec::new()),
             "nobody who knows better"
         );
@@ -873,7 +889,7 @@ mod tests {
             theirs: other,
         };
         assert_eq!(
-            decide(&[(0, Met::Silent), (1, stranger(Some(other)))]),
+            decide(&[(0, GreetingOutcome::Silent), (1, stranger(Some(other)))]),
             Err(among_others.clone())
         );
         assert_eq!(
@@ -890,9 +906,12 @@ mod tests {
             decide(&[(0, ours.clone()), (9, stranger(Some(other)))]),
             Ok(Vec::new())
         );
-        let doubled = decide(&[(0, ours.clone()), (2, Met::Doubled { at: address(5) })]);
+        let doubled = decide(&[
+            (0, ours.clone()),
+            (2, GreetingOutcome::Doubled { at: address(5) }),
+        ]);
         assert_eq!(doubled, Err(NoStart::Doubled { at: address(5) }));
-        let outdated = decide(&[(0, ours), (2, Met::Outdated { number: 9 })]);
+        let outdated = decide(&[(0, ours), (2, GreetingOutcome::Outdated { number: 9 })]);
         assert_eq!(
             outdated,
             Err(NoStart::Outdated {
@@ -963,11 +982,14 @@ mod tests {
                 }
                 let up: Vec<bool> = (0..3).map(|_| random.random_bool(0.8)).collect();
                 match next_step(actors[i].own(), &heard(&actors, i, |n| up[n])) {
-                    Step::AskPromises if ask_promises(&mut actors, i, &mut random) => {
+                    BootstrapStep::AskPromises if ask_promises(&mut actors, i, &mut random) => {
                         founded.push(actors.iter().map(|actor| actor.directory).collect());
                     }
-                    Step::Adopt { view, .. } => actors[i].stamp = Stamp::Founding { view },
-                    Step::AskPromises | Step::Start | Step::Wait(_) | Step::Refuse(_) => {}
+                    BootstrapStep::Adopt { view, .. } => actors[i].stamp = Stamp::Founding { view },
+                    BootstrapStep::AskPromises
+                    | BootstrapStep::Start
+                    | BootstrapStep::Wait(_)
+                    | BootstrapStep::Refuse(_) => {}
                 }
             }
             clusters += founded.len();

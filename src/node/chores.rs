@@ -1,4 +1,4 @@
-//! [`Chores`]: what a node does for the groups that it leads, one task at a time for each group.
+//! [`GroupTasks`]: what a node does for the groups that it leads, one task at a time for each group.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use crate::supervisor;
 use crate::types::GroupId;
 
 /// The tasks that run, and when to look for more.
-pub struct Chores {
+pub struct GroupTasks {
     views: watch::Receiver<Arc<View>>,
     tick: Duration,
     running: JoinSet<()>,
     busy: HashMap<Id, GroupId>,
 }
 
-impl Chores {
+impl GroupTasks {
     /// `tick` is how long nothing may be looked at while nothing changes.
     pub fn new(member: &Member, tick: Duration) -> Self {
         Self {

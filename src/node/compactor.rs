@@ -1,4 +1,4 @@
-//! [`Compactor`]: has the maps give back the space of what was overwritten and deleted, where there
+//! [`MapCompactor`]: has the maps give back the space of what was overwritten and deleted, where there
 //! is much of it.
 
 use std::sync::Arc;
@@ -22,12 +22,12 @@ const PAUSE_MAX: Duration = Duration::from_secs(60);
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
 /// Copies maps to a fresh place when that pays.
-pub struct Compactor {
+pub struct MapCompactor {
     states: Arc<MapStore>,
     log: Log,
 }
 
-impl Compactor {
+impl MapCompactor {
     pub fn new(states: Arc<MapStore>, log: Log) -> Self {
         Self { states, log }
     }

@@ -1,4 +1,4 @@
-//! [`FailureReports`]: which nodes say that replicas have failed there, and [`Reporter`], which
+//! [`FailureReports`]: which nodes say that replicas have failed there, and [`FailureReporter`], which
 //! says so of this one.
 //!
 //! A node with failed replicas tells every node that votes in the meta group, again and again:
@@ -52,10 +52,13 @@ impl FailureReports {
 }
 
 /// What nodes have answered when they were asked which of their replicas have failed.
-pub type Told = BTreeMap<NodeId, Vec<FailedReplica>>;
+pub type FailedByNode = BTreeMap<NodeId, Vec<FailedReplica>>;
 
 /// Returns what was told of replicas that the view has where they were told of.
-pub fn failing_replicas(view: &View, told: &Told) -> BTreeMap<(GroupId, ReplicaId), Failing> {
+pub fn failing_replicas(
+    view: &View,
+    told: &FailedByNode,
+) -> BTreeMap<(GroupId, ReplicaId), Failing> {
     let all = told
         .iter()
         .flat_map(|(node, failed)| failed.iter().map(|replica| (*node, replica)));
@@ -73,7 +76,7 @@ pub fn failing_replicas(view: &View, told: &Told) -> BTreeMap<(GroupId, ReplicaI
 }
 
 /// Returns the nodes on which replicas fail for a reason that is the node's.
-pub fn failing_nodes(told: &Told) -> BTreeSet<NodeId> {
+pub fn failing_nodes(told: &FailedByNode) -> BTreeSet<NodeId> {
     let fails =
         |failed: &Vec<FailedReplica>| failed.iter().any(|replica| replica.cause.is_node_failure());
     told.iter()
@@ -83,12 +86,12 @@ pub fn failing_nodes(told: &Told) -> BTreeSet<NodeId> {
 }
 
 /// Says that replicas have failed here.
-pub struct Reporter {
+pub struct FailureReporter {
     member: Arc<Member>,
     directory: DirectoryId,
 }
 
-impl Reporter {
+impl FailureReporter {
     pub fn new(member: Arc<Member>, directory: DirectoryId) -> Self {
         Self { member, directory }
     }
@@ -187,7 +190,7 @@ mod tests {
             failed(on(2), FailureCause::Damaged),
             failed(on(3), FailureCause::Damaged),
         ];
-        let told = Told::from([(NodeId(2), all)]);
+        let told = FailedByNode::from([(NodeId(2), all)]);
         let expected = Failing {
             for_ms: 7,
             is_of_the_node: false,
@@ -195,7 +198,7 @@ mod tests {
         let failing = failing_replicas(&view, &told);
         assert_eq!(failing, BTreeMap::from([((SHARD, on(2)), expected)]));
         assert!(failing_nodes(&told).is_empty());
-        let full = Told::from([(NodeId(2), vec![failed(on(2), FailureCause::DiskFull)])]);
+        let full = FailedByNode::from([(NodeId(2), vec![failed(on(2), FailureCause::DiskFull)])]);
         assert_eq!(failing_nodes(&full), BTreeSet::from([NodeId(2)]));
     }
 

@@ -24,19 +24,19 @@ const TOLD_AT_ONCE_MAX: u32 = 16;
 
 /// The replicas of this node that do not run, or have begun to again.
 #[derive(Default)]
-pub struct Failures(Mutex<Ledger>);
+pub struct Failures(Mutex<FailureLedger>);
 
 #[derive(Default)]
-struct Ledger {
-    rows: BTreeMap<ReplicaKey, Row>,
+struct FailureLedger {
+    rows: BTreeMap<ReplicaKey, FailureRow>,
     /// Since the start.
     failed_total: u64,
     recovered_total: u64,
-    telling: Telling,
+    telling: LoggedFailures,
 }
 
 /// Failures of one replica in a row.
-struct Row {
+struct FailureRow {
     cause: FailureCause,
     reason: String,
     since: Instant,
@@ -47,7 +47,7 @@ struct Row {
 }
 
 #[derive(Default)]
-struct Telling {
+struct LoggedFailures {
     since: Option<Instant>,
     told: u32,
     left_out: u64,
@@ -55,7 +55,7 @@ struct Telling {
 
 /// A replica that does not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct ReplicaFailure {
     pub key: ReplicaKey,
     pub cause: FailureCause,
     pub reason: String,
@@ -78,7 +78,7 @@ impl Failures {
         let now = Instant::now();
         let mut ledger = self.lock();
         ledger.failed_total += 1;
-        let row = ledger.rows.entry(key).or_insert_with(|| Row {
+        let row = ledger.rows.entry(key).or_insert_with(|| FailureRow {
             cause,
             reason: String::new(),
             since: now,
@@ -142,12 +142,12 @@ impl Failures {
         self.lock().rows.contains_key(&key)
     }
 
-    pub fn of(&self, key: ReplicaKey) -> Option<Failure> {
+    pub fn of(&self, key: ReplicaKey) -> Option<ReplicaFailure> {
         self.lock().rows.get(&key).and_then(|row| row.failure(key))
     }
 
     /// Returns every replica that does not run, in order.
-    pub fn now(&self) -> Vec<Failure> {
+    pub fn now(&self) -> Vec<ReplicaFailure> {
         self.lock()
             .rows
             .iter()
@@ -157,7 +157,7 @@ impl Failures {
 
     /// The same, as other nodes are told of it.
     pub fn told(&self) -> Vec<FailedReplica> {
-        let told = |failure: Failure| FailedReplica {
+        let told = |failure: ReplicaFailure| FailedReplica {
             group: failure.key.group,
             replica: failure.key.replica,
             cause: failure.cause,
@@ -197,7 +197,7 @@ impl Failures {
             return;
         }
         let left_out = std::mem::take(&mut ledger.telling.left_out);
-        ledger.telling = Telling {
+        ledger.telling = LoggedFailures {
             since: Some(now),
             told: 1,
             left_out: 0,
@@ -213,14 +213,14 @@ impl Failures {
         );
     }
 
-    fn lock(&self) -> MutexGuard<'_, Ledger> {
+    fn lock(&self) -> MutexGuard<'_, FailureLedger> {
         self.0.lock()
     }
 }
 
-impl Row {
-    fn failure(&self, key: ReplicaKey) -> Option<Failure> {
-        self.runs_since.is_none().then(|| Failure {
+impl FailureRow {
+    fn failure(&self, key: ReplicaKey) -> Option<ReplicaFailure> {
+        self.runs_since.is_none().then(|| ReplicaFailure {
             key,
             cause: self.cause,
             reason: self.reason.clone(),
@@ -230,7 +230,7 @@ impl Row {
     }
 }
 
-impl Telling {
+impl LoggedFailures {
     /// Returns whether one more line may be written now.
     fn may_tell(&mut self, now: Instant) -> bool {
         if self
@@ -336,7 +336,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_thousand_failures_are_few_lines() {
-        let mut telling = Telling::default();
+        let mut telling = LoggedFailures::default();
         let lines = (0..1000)
             .filter(|_| telling.may_tell(Instant::now()))
             .count();

@@ -23,7 +23,7 @@ const SERIES_MAX: usize = 100;
 
 /// A replica here, as far as it is counted.
 #[derive(Debug, Clone)]
-pub struct Facts {
+pub struct NodeFacts {
     group: GroupId,
     role: Role,
     term: u64,
@@ -54,7 +54,7 @@ struct Silence {
 pub fn families(member: &Member) -> Vec<Family> {
     let groups = member.registry.groups();
     let witnesses = member.registry.witnesses();
-    let facts: Vec<Facts> = groups
+    let facts: Vec<NodeFacts> = groups
         .iter()
         .map(|group| of_group(group))
         .chain(witnesses.iter().map(of_witness))
@@ -64,7 +64,7 @@ pub fn families(member: &Member) -> Vec<Family> {
         .iter()
         .map(|failure| failure.key.group)
         .filter(|group| {
-            let is_open = |facts: &Facts| facts.group == *group;
+            let is_open = |facts: &NodeFacts| facts.group == *group;
             !facts.iter().any(is_open)
         });
     let mut all = of_facts(&facts, &not_open.collect(), &member.differences());
@@ -89,11 +89,11 @@ pub fn families(member: &Member) -> Vec<Family> {
     all
 }
 
-fn of_group(group: &Replica) -> Facts {
+fn of_group(group: &Replica) -> NodeFacts {
     let status = group.status();
     let (queued_writes, queued_reads) = group.queued();
     let applied = status.applied.map_or(0, |id| id.index);
-    Facts {
+    NodeFacts {
         group: group.key().group,
         role: status.role,
         term: status.term,
@@ -114,9 +114,9 @@ fn of_group(group: &Replica) -> Facts {
     }
 }
 
-fn of_witness(witness: &WitnessReplica) -> Facts {
+fn of_witness(witness: &WitnessReplica) -> NodeFacts {
     let status = witness.status();
-    Facts {
+    NodeFacts {
         group: witness.key().group,
         role: status.role,
         term: status.term,
@@ -176,25 +176,25 @@ fn first(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
 /// Returns what is counted of the groups. Of those in `not_open` no replica runs here, though one
 /// should.
 fn of_facts(
-    facts: &[Facts],
+    facts: &[NodeFacts],
     not_open: &BTreeSet<GroupId>,
     differences: &BTreeMap<GroupId, u64>,
 ) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
     let maps = || facts.iter().filter(|facts| facts.witness_bytes.is_none());
-    let each = |value: fn(&Facts) -> u64| {
+    let each = |value: fn(&NodeFacts) -> u64| {
         maps()
             .map(|facts| (facts.group, value(facts)))
             .collect::<Vec<_>>()
     };
-    let all = |value: fn(&Facts) -> u64| {
+    let all = |value: fn(&NodeFacts) -> u64| {
         facts
             .iter()
             .map(|facts| (facts.group, value(facts)))
             .collect::<Vec<_>>()
     };
-    let sum = |value: fn(&Facts) -> u64| facts.iter().map(value).sum::<u64>() as f64;
-    let max = |value: fn(&Facts) -> u64| facts.iter().map(value).max().unwrap_or(0) as f64;
+    let sum = |value: fn(&NodeFacts) -> u64| facts.iter().map(value).sum::<u64>() as f64;
+    let max = |value: fn(&NodeFacts) -> u64| facts.iter().map(value).max().unwrap_or(0) as f64;
     let failed = all(|facts| u64::from(facts.has_failed))
         .into_iter()
         .chain(not_open.iter().map(|group| (*group, 1)));
@@ -320,7 +320,7 @@ fn of_facts(
     ]
 }
 
-fn by_role(facts: &[Facts]) -> Vec<Sample> {
+fn by_role(facts: &[NodeFacts]) -> Vec<Sample> {
     let roles = [
         ("leader", Role::Leader),
         ("follower", Role::Follower),
@@ -338,7 +338,7 @@ fn by_role(facts: &[Facts]) -> Vec<Sample> {
 /// Returns the peers that should be heard of all the time: members of groups that are led here
 /// answer heartbeats, leaders send some, and where nobody leads all are asked for their votes.
 /// Others may well be silent.
-fn talkative(facts: &[Facts], own: NodeId) -> BTreeSet<NodeId> {
+fn talkative(facts: &[NodeFacts], own: NodeId) -> BTreeSet<NodeId> {
     let mut nodes = BTreeSet::new();
     for facts in facts {
         match (facts.role, facts.leader) {
@@ -351,7 +351,7 @@ fn talkative(facts: &[Facts], own: NodeId) -> BTreeSet<NodeId> {
     nodes
 }
 
-fn silences(member: &Member, facts: &[Facts], view: &View) -> Vec<Silence> {
+fn silences(member: &Member, facts: &[NodeFacts], view: &View) -> Vec<Silence> {
     let now = Instant::now();
     let silent = |node: NodeId| {
         now.saturating_duration_since(member.registry.last_heard(node).unwrap_or(member.began_at))
@@ -434,8 +434,8 @@ fn of_view(view: &View) -> Vec<Family> {
 mod tests {
     use super::*;
 
-    fn facts(group: u64) -> Facts {
-        Facts {
+    fn facts(group: u64) -> NodeFacts {
+        NodeFacts {
             group: GroupId(group),
             role: if group.is_multiple_of(3) {
                 Role::Leader
@@ -471,7 +471,7 @@ mod tests {
     #[test]
     fn thousands_of_shards_have_no_more_series_than_hundreds() {
         let series = |groups: u64| {
-            let facts: Vec<Facts> = (0..groups).map(facts).collect();
+            let facts: Vec<NodeFacts> = (0..groups).map(facts).collect();
             let differences = facts.iter().map(|facts| (facts.group, 1)).collect();
             let mut families = of_facts(&facts, &[GroupId(1_000_000)].into(), &differences);
             let silence = |node| Silence {
@@ -524,7 +524,7 @@ mod tests {
 
     #[test]
     fn only_who_should_be_heard_of_counts_as_silent() {
-        let follower = Facts {
+        let follower = NodeFacts {
             role: Role::Follower,
             ..facts(1)
         };
@@ -533,19 +533,19 @@ mod tests {
             [NodeId(1)].into(),
             "other followers say nothing"
         );
-        let leader = Facts {
+        let leader = NodeFacts {
             role: Role::Leader,
             ..facts(1)
         };
         assert_eq!(talkative(&[leader], NodeId(1)), [2, 3].map(NodeId).into());
-        let lost = Facts {
+        let lost = NodeFacts {
             leader: None,
             ..follower.clone()
         };
         assert_eq!(talkative(&[lost], NodeId(2)), [1, 3].map(NodeId).into());
         assert!(
             talkative(
-                &[Facts {
+                &[NodeFacts {
                     role: Role::Stopped,
                     ..follower
                 }],

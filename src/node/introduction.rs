@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::NodeError;
-use super::bootstrap::{Met, may_start};
+use super::bootstrap::{GreetingOutcome, may_start};
 use super::join::{Joined, Joining};
 use super::member::Member;
 use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
@@ -84,7 +84,7 @@ impl Joining {
             let answers = join_all(asked).await;
             let asked: Vec<Address> = silent.iter().take(ASKED_MAX).cloned().collect();
             for (address, answer) in asked.into_iter().zip(answers) {
-                if answer != Met::Silent {
+                if answer != GreetingOutcome::Silent {
                     silent.remove(&address);
                 }
                 met.insert(address, answer);
@@ -92,7 +92,10 @@ impl Joining {
             let told = |address: &Address| {
                 matches!(
                     met.get(address),
-                    Some(Met::Ours { .. } | Met::Stranger { cluster: Some(_) })
+                    Some(
+                        GreetingOutcome::Ours { .. }
+                            | GreetingOutcome::Stranger { cluster: Some(_) }
+                    )
                 )
             };
             if silent.is_empty() || self.view_set().iter().any(told) || met.values().any(is_refusal)
@@ -107,8 +110,11 @@ impl Joining {
             );
         }
         let found = met.into_values().filter_map(|met| match met {
-            Met::Ours { directory, address } => Some((directory, address)),
-            Met::Silent | Met::Stranger { .. } | Met::Outdated { .. } | Met::Doubled { .. } => None,
+            GreetingOutcome::Ours { directory, address } => Some((directory, address)),
+            GreetingOutcome::Silent
+            | GreetingOutcome::Stranger { .. }
+            | GreetingOutcome::Outdated { .. }
+            | GreetingOutcome::Doubled { .. } => None,
         });
         Ok(found.collect())
     }
@@ -125,34 +131,34 @@ impl Joining {
     }
 
     /// Greets whoever is at an address.
-    async fn greet(&self, address: &Address, greeting: &Greeting) -> Met {
+    async fn greet(&self, address: &Address, greeting: &Greeting) -> GreetingOutcome {
         match self.caller().greet(address, greeting, GREET_TIMEOUT).await {
             Ok(GreetingReply::Welcome(other)) => self.met(greeting.cluster, other).await,
-            Ok(GreetingReply::Stranger { cluster }) => Met::Stranger { cluster },
-            Ok(GreetingReply::Outdated { number }) => Met::Outdated { number },
-            Ok(GreetingReply::Doubled { at }) => Met::Doubled { at },
+            Ok(GreetingReply::Stranger { cluster }) => GreetingOutcome::Stranger { cluster },
+            Ok(GreetingReply::Outdated { number }) => GreetingOutcome::Outdated { number },
+            Ok(GreetingReply::Doubled { at }) => GreetingOutcome::Doubled { at },
             Ok(GreetingReply::Failed { reason }) => {
                 tracing::debug!("{address} has not heard of this start yet: {reason}");
-                Met::Silent
+                GreetingOutcome::Silent
             }
             // It knows no greetings, but says who it is.
             Err(PeerError::Status { .. }) => {
                 match self.caller().identity(address, GREET_TIMEOUT).await {
                     Ok(identity) => match identity.standing {
                         Standing::Member { view } if view.cluster == greeting.cluster => {
-                            Met::Ours {
+                            GreetingOutcome::Ours {
                                 directory: identity.directory,
                                 address: address.clone(),
                             }
                         }
-                        Standing::Member { view } => Met::Stranger {
+                        Standing::Member { view } => GreetingOutcome::Stranger {
                             cluster: Some(view.cluster),
                         },
                         Standing::Fresh { .. }
                         | Standing::Promised { .. }
-                        | Standing::Retired { .. } => Met::Stranger { cluster: None },
+                        | Standing::Retired { .. } => GreetingOutcome::Stranger { cluster: None },
                     },
-                    Err(_) => Met::Silent,
+                    Err(_) => GreetingOutcome::Silent,
                 }
             }
             Err(
@@ -162,27 +168,27 @@ impl Joining {
                 | PeerError::TooOld { .. }
                 | PeerError::Strange { .. }
                 | PeerError::AnotherNode { .. },
-            ) => Met::Silent,
+            ) => GreetingOutcome::Silent,
         }
     }
 
     /// Judges a member by what it has answered.
-    async fn met(&self, cluster: ClusterId, other: Greeting) -> Met {
+    async fn met(&self, cluster: ClusterId, other: Greeting) -> GreetingOutcome {
         if other.cluster != cluster {
-            return Met::Stranger {
+            return GreetingOutcome::Stranger {
                 cluster: Some(other.cluster),
             };
         }
         let Some(peer_directories) = self.peer_directories() else {
-            return Met::Silent;
+            return GreetingOutcome::Silent;
         };
         match peer_directories.learn(other.directory, &other.starts).await {
-            Ok(()) => Met::Ours {
+            Ok(()) => GreetingOutcome::Ours {
                 directory: other.directory,
                 address: other.address,
             },
             // It is told so when it greets this node.
-            Err(_) => Met::Stranger { cluster: None },
+            Err(_) => GreetingOutcome::Stranger { cluster: None },
         }
     }
 
@@ -269,10 +275,12 @@ fn refused(refusal: &PeerRefusal) -> GreetingReply {
     }
 }
 
-fn is_refusal(met: &Met) -> bool {
+fn is_refusal(met: &GreetingOutcome) -> bool {
     match met {
-        Met::Outdated { .. } | Met::Doubled { .. } => true,
-        Met::Silent | Met::Ours { .. } | Met::Stranger { .. } => false,
+        GreetingOutcome::Outdated { .. } | GreetingOutcome::Doubled { .. } => true,
+        GreetingOutcome::Silent
+        | GreetingOutcome::Ours { .. }
+        | GreetingOutcome::Stranger { .. } => false,
     }
 }
 
@@ -322,7 +330,7 @@ impl Greeter {
             self.later
                 .insert(address.clone(), (now + before, (before * 2).min(PAUSE_MAX)));
             match met {
-                Met::Ours {
+                GreetingOutcome::Ours {
                     directory,
                     address: at,
                 } => {
@@ -334,11 +342,11 @@ impl Greeter {
                         );
                     }
                 }
-                Met::Outdated { number } => {
+                GreetingOutcome::Outdated { number } => {
                     self.refused(address, &PeerRefusal::Outdated { number })
                 }
-                Met::Doubled { at } => self.refused(&at, &PeerRefusal::Doubled),
-                Met::Silent | Met::Stranger { .. } => {}
+                GreetingOutcome::Doubled { at } => self.refused(&at, &PeerRefusal::Doubled),
+                GreetingOutcome::Silent | GreetingOutcome::Stranger { .. } => {}
             }
         }
     }

@@ -63,7 +63,7 @@ const COMPLAIN_EVERY: Duration = Duration::from_secs(600);
 const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Triggers snapshots and purges.
-pub struct Janitor {
+pub struct LogCompactor {
     member: Arc<Member>,
     log: Log,
     /// What the log is to take.
@@ -74,7 +74,7 @@ pub struct Janitor {
     no_room: Rarely,
 }
 
-impl Janitor {
+impl LogCompactor {
     pub fn new(member: Arc<Member>, log: Log, log_bytes: u64) -> Self {
         Self {
             member,
@@ -108,17 +108,17 @@ impl Janitor {
         };
         let space =
             LogSpace::for_snapshots(log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
-        let pinned: HashMap<ReplicaKey, Held> = self
+        let pinned: HashMap<ReplicaKey, LogBacklog> = self
             .log
             .segments_pinned_by()
             .into_iter()
-            .map(|pin| (pin.key, Held::of(space, pin.held_bytes)))
+            .map(|pin| (pin.key, LogBacklog::of(space, pin.held_bytes)))
             .collect();
-        let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(Held::Little);
+        let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(LogBacklog::Little);
         join_all(groups.iter().map(|group| group.advertise_purge_index())).await;
         for witness in self.member.registry.witnesses() {
             if let Err(error) = witness
-                .release_log(held(witness.key()) != Held::Little)
+                .release_log(held(witness.key()) != LogBacklog::Little)
                 .await
             {
                 rarely!(
@@ -143,38 +143,39 @@ impl Janitor {
             }
             let held = held(group.key());
             match self.step(&group, is_quiet, held) {
-                Step::Nothing => {}
-                Step::Purge(upto) => purge(&group, upto, held).await,
-                Step::Snapshot => {
+                CompactionStep::Nothing => {}
+                CompactionStep::Purge(upto) => purge(&group, upto, held).await,
+                CompactionStep::Snapshot => {
                     self.snapshot(&group).await;
                     // What is behind it is what was in the way. If openraft has not taken note of
                     // it yet, the next look finds it.
-                    if let (true, Step::Purge(upto)) =
-                        (held != Held::Little, self.step(&group, is_quiet, held))
-                    {
+                    if let (true, CompactionStep::Purge(upto)) = (
+                        held != LogBacklog::Little,
+                        self.step(&group, is_quiet, held),
+                    ) {
                         purge(&group, upto, held).await;
                     }
                 }
             }
         }
-        pinned.values().any(|held| *held != Held::Little)
+        pinned.values().any(|held| *held != LogBacklog::Little)
     }
 
-    fn step(&self, group: &Replica, is_quiet: bool, held: Held) -> Step {
-        let pins = held != Held::Little;
+    fn step(&self, group: &Replica, is_quiet: bool, held: LogBacklog) -> CompactionStep {
+        let pins = held != LogBacklog::Little;
         let weights = Weights::of(group);
         if weights.want_snapshot(is_quiet) {
-            return Step::Snapshot;
+            return CompactionStep::Snapshot;
         }
         if !pins && !weights.want_purge(is_quiet) {
-            return Step::Nothing;
+            return CompactionStep::Nothing;
         }
         let is_kept_for =
-            |node| held != Held::TooMuch && self.member.heard_within(node, HEARD_WITHIN);
+            |node| held != LogBacklog::TooMuch && self.member.heard_within(node, HEARD_WITHIN);
         let status = group.status();
-        match let_go(&status, status.purgeable(is_kept_for)) {
+        match release_log(&status, status.purgeable(is_kept_for)) {
             // A snapshot would only move what is behind it.
-            Step::Snapshot if !pins => Step::Nothing,
+            CompactionStep::Snapshot if !pins => CompactionStep::Nothing,
             step => step,
         }
     }
@@ -215,16 +216,16 @@ impl Janitor {
     }
 }
 
-async fn purge(group: &Replica, upto: u64, held: Held) {
+async fn purge(group: &Replica, upto: u64, held: LogBacklog) {
     match held {
-        Held::Little | Held::Much => group.purge_log(upto).await,
-        Held::TooMuch => group.purge_log_of_all(upto).await,
+        LogBacklog::Little | LogBacklog::Much => group.purge_log(upto).await,
+        LogBacklog::TooMuch => group.purge_log_of_all(upto).await,
     }
 }
 
 /// How much of the log a replica holds back, from the oldest entry that it needs to the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Held {
+enum LogBacklog {
     Little,
     /// More than it should.
     Much,
@@ -232,7 +233,7 @@ enum Held {
     TooMuch,
 }
 
-impl Held {
+impl LogBacklog {
     fn of(space: LogSpace, bytes: u64) -> Self {
         match bytes {
             bytes if space.is_spent_by(bytes) => Self::TooMuch,
@@ -244,7 +245,7 @@ impl Held {
 
 /// What to do for a replica.
 #[derive(Debug, PartialEq, Eq)]
-enum Step {
+enum CompactionStep {
     Nothing,
     Snapshot,
     Purge(u64),
@@ -253,13 +254,13 @@ enum Step {
 /// How a replica comes to let go of old segments: it purges what its snapshot covers, or writes a
 /// snapshot that covers more. While others need what it has (`purgeable` is less than its
 /// snapshot), another snapshot would not help.
-fn let_go(status: &RaftStatus, purgeable: Option<u64>) -> Step {
+fn release_log(status: &RaftStatus, purgeable: Option<u64>) -> CompactionStep {
     match purgeable {
-        Some(upto) => Step::Purge(upto),
+        Some(upto) => CompactionStep::Purge(upto),
         None if status.snapshot > status.purged || status.applied <= status.snapshot => {
-            Step::Nothing
+            CompactionStep::Nothing
         }
-        None => Step::Snapshot,
+        None => CompactionStep::Snapshot,
     }
 }
 
@@ -475,7 +476,7 @@ mod tests {
         let step = |snapshot: Option<u64>, purged: Option<u64>, applied: Option<u64>, purgeable| {
             let id = |index| LogId { term: 1, index };
             let (snapshot, purged, applied) = (snapshot.map(id), purged.map(id), applied.map(id));
-            let_go(
+            release_log(
                 &RaftStatus {
                     snapshot,
                     purged,
@@ -485,18 +486,27 @@ mod tests {
                 purgeable,
             )
         };
-        assert_eq!(step(None, None, Some(9), None), Step::Snapshot);
-        assert_eq!(step(Some(9), None, Some(9), Some(9)), Step::Purge(9));
-        assert_eq!(step(Some(9), Some(3), Some(12), Some(5)), Step::Purge(5));
+        assert_eq!(step(None, None, Some(9), None), CompactionStep::Snapshot);
+        assert_eq!(
+            step(Some(9), None, Some(9), Some(9)),
+            CompactionStep::Purge(9)
+        );
+        assert_eq!(
+            step(Some(9), Some(3), Some(12), Some(5)),
+            CompactionStep::Purge(5)
+        );
         assert_eq!(
             step(Some(9), Some(5), Some(12), None),
-            Step::Nothing,
+            CompactionStep::Nothing,
             "a follower needs what is left"
         );
-        assert_eq!(step(Some(9), Some(9), Some(12), None), Step::Snapshot);
+        assert_eq!(
+            step(Some(9), Some(9), Some(12), None),
+            CompactionStep::Snapshot
+        );
         assert_eq!(
             step(Some(9), Some(9), Some(9), None),
-            Step::Nothing,
+            CompactionStep::Nothing,
             "nothing more is applied"
         );
     }

@@ -15,8 +15,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::bootstrap::{self, Heard, Own, Step, Waiting};
-use super::machine::Machine;
+use super::bootstrap::{self, BootstrapStep, OwnFacts, PeerAnswer, WaitReason};
+use super::machine::Platform;
 use crate::client::peer::{
     FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
 };
@@ -71,11 +71,11 @@ pub struct Joining {
     config: NodeConfig,
     view_set: Vec<Address>,
     directory_id: DirectoryId,
-    machine: Arc<dyn Machine>,
+    machine: Arc<dyn Platform>,
     supervisor: Supervisor,
     directory: DataDirectory,
     caller: PeerCaller,
-    waiting: watch::Sender<Option<Waiting>>,
+    waiting: watch::Sender<Option<WaitReason>>,
     /// Who called a node that waits.
     invited: Mutex<Vec<Address>>,
     called: Notify,
@@ -90,7 +90,7 @@ pub struct Joining {
 impl Joining {
     pub fn new(
         config: NodeConfig,
-        machine: Arc<dyn Machine>,
+        machine: Arc<dyn Platform>,
         directory: DataDirectory,
         caller: PeerCaller,
     ) -> Self {
@@ -127,7 +127,7 @@ impl Joining {
         self.directory.path()
     }
 
-    pub fn machine(&self) -> &Arc<dyn Machine> {
+    pub fn machine(&self) -> &Arc<dyn Platform> {
         &self.machine
     }
 
@@ -232,7 +232,7 @@ impl Joining {
     }
 
     /// What this node waits for; none before it asked, and once it joined.
-    pub fn waiting(&self) -> Option<Waiting> {
+    pub fn waiting(&self) -> Option<WaitReason> {
         self.waiting.borrow().clone()
     }
 
@@ -389,7 +389,7 @@ impl Joining {
         self: &Arc<Self>,
         shutdown: &CancellationToken,
     ) -> Result<Option<Joined>, JoinError> {
-        let mut told: Option<(Waiting, Instant)> = None;
+        let mut told: Option<(WaitReason, Instant)> = None;
         if let Some(warning) = bootstrap::unnamed(self.own(&self.directory.stamp())) {
             tracing::warn!("{warning}");
         }
@@ -405,27 +405,27 @@ impl Joining {
             };
             let step = bootstrap::next_step(self.own(&self.directory.stamp()), &heard);
             let waiting = match step {
-                Step::Start => return Ok(Some(self.as_stamped())),
-                Step::Adopt { view, node } => {
+                BootstrapStep::Start => return Ok(Some(self.as_stamped())),
+                BootstrapStep::Adopt { view, node } => {
                     self.waiting.send_replace(None);
                     return Ok(Some(Joined { node, view }));
                 }
-                Step::AskPromises => match self.found().await? {
+                BootstrapStep::AskPromises => match self.found().await? {
                     Ok(joined) => {
                         self.waiting.send_replace(None);
                         return Ok(Some(joined));
                     }
-                    Err(refused) => Waiting::ForNodes(refused),
+                    Err(refused) => WaitReason::ForNodes(refused),
                 },
-                Step::Refuse(refusal) => return Err(refusal.into()),
-                Step::Wait(waiting) => waiting,
+                BootstrapStep::Refuse(refusal) => return Err(refusal.into()),
+                BootstrapStep::Wait(waiting) => waiting,
             };
             if told
                 .as_ref()
                 .is_none_or(|(last, at)| *last != waiting || at.elapsed() >= TELL_INTERVAL)
             {
                 match &waiting {
-                    Waiting::Mismatch(_) => tracing::warn!("{waiting}"),
+                    WaitReason::Mismatch(_) => tracing::warn!("{waiting}"),
                     waiting => tracing::info!("{waiting}"),
                 }
                 told = Some((waiting.clone(), Instant::now()));
@@ -470,7 +470,7 @@ impl Joining {
         }
     }
 
-    async fn ask_everyone(&self) -> BTreeMap<Address, Heard> {
+    async fn ask_everyone(&self) -> BTreeMap<Address, PeerAnswer> {
         let members = self
             .waiting()
             .map(|waiting| waiting.members().to_vec())
@@ -487,8 +487,8 @@ impl Joining {
         }
         let answers = asked.into_iter().map(|address| async move {
             let heard = match self.caller.identity(&address, ASK_TIMEOUT).await {
-                Ok(identity) => Heard::Identity(identity),
-                Err(error) => Heard::Silent {
+                Ok(identity) => PeerAnswer::Identity(identity),
+                Err(error) => PeerAnswer::Silent {
                     reason: short_reason(&error),
                 },
             };
@@ -566,8 +566,8 @@ impl Joining {
         }
     }
 
-    fn own<'a>(&'a self, stamp: &'a Stamp) -> Own<'a> {
-        Own {
+    fn own<'a>(&'a self, stamp: &'a Stamp) -> OwnFacts<'a> {
+        OwnFacts {
             address: &self.config.address,
             directory: self.directory_id,
             view: &self.view_set,

@@ -38,15 +38,15 @@ const FORMAT: u64 = 1;
 
 /// For which cluster a directory was cleared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Owner {
+struct OwnerFile {
     cluster: ClusterId,
     /// What its stamp said then that it had left. Where the stamp says something else now, this
     /// file is out of date.
-    left: Option<Left>,
+    left: Option<LeftCluster>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Left {
+struct LeftCluster {
     cluster: ClusterId,
     node: NodeId,
 }
@@ -61,7 +61,7 @@ enum Clearing {
 }
 
 /// Decides what must go, by the stamp and by what the file says.
-fn clearing(stamp: &Stamp, cluster: ClusterId, owner: Option<Owner>) -> Clearing {
+fn clearing(stamp: &Stamp, cluster: ClusterId, owner: Option<OwnerFile>) -> Clearing {
     if matches!(stamp, Stamp::Member { .. }) {
         return Clearing::Nothing;
     }
@@ -77,9 +77,9 @@ fn clearing(stamp: &Stamp, cluster: ClusterId, owner: Option<Owner>) -> Clearing
     }
 }
 
-fn left(stamp: &Stamp) -> Option<Left> {
+fn left(stamp: &Stamp) -> Option<LeftCluster> {
     match stamp {
-        Stamp::Retired { cluster, node, .. } => Some(Left {
+        Stamp::Retired { cluster, node, .. } => Some(LeftCluster {
             cluster: *cluster,
             node: *node,
         }),
@@ -95,7 +95,7 @@ fn left(stamp: &Stamp) -> Option<Left> {
 ///
 /// When the file can't be read.
 pub fn is_cleared(disk: &dyn Disk, directory: &Path, stamp: &Stamp) -> Result<bool, StartError> {
-    let owner: Option<Owner> =
+    let owner: Option<OwnerFile> =
         sealed::read(disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
     Ok(owner.is_some_and(|owner| owner.left == left(stamp)))
 }
@@ -112,7 +112,7 @@ pub fn note_cleared(
     stamp: &Stamp,
     cluster: ClusterId,
 ) -> Result<(), StartError> {
-    let owner = Owner {
+    let owner = OwnerFile {
         cluster,
         left: left(stamp),
     };
@@ -132,7 +132,7 @@ pub fn open_log(
     cluster: ClusterId,
     options: LogOptions,
 ) -> Result<(Log, LogWriter), StartError> {
-    let owner: Option<Owner> =
+    let owner: Option<OwnerFile> =
         sealed::read(&**disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
     let path = directory.join(LOG);
     let clearing = clearing(stamp, cluster, owner);
@@ -151,7 +151,7 @@ pub fn open_log(
         forget_all(&log, &mut writer)?;
     }
     if owner
-        != Some(Owner {
+        != Some(OwnerFile {
             cluster,
             left: left(stamp),
         })

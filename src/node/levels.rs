@@ -35,26 +35,26 @@ pub struct Levels {
     /// What this node speaks: it can raise the level no further.
     speaks: u16,
     raise_after: Duration,
-    heard: Heard,
+    heard: LevelReports,
 }
 
 /// What each node speaks, and since when it has said so without a gap.
 #[derive(Debug, Default)]
-struct Heard(BTreeMap<NodeId, Said>);
+struct LevelReports(BTreeMap<NodeId, LevelReport>);
 
 #[derive(Debug, Clone, Copy)]
-struct Said {
+struct LevelReport {
     speaks: u16,
     holds: bool,
     since: Instant,
 }
 
-impl Heard {
+impl LevelReports {
     /// Takes what a round of asking brought; a node that did not answer is missing in it.
     fn take(&mut self, now: Instant, answers: BTreeMap<NodeId, (u16, bool)>) {
         self.0.retain(|node, _| answers.contains_key(node));
         for (node, (speaks, holds)) in answers {
-            let said = self.0.entry(node).or_insert(Said {
+            let said = self.0.entry(node).or_insert(LevelReport {
                 speaks,
                 holds,
                 since: now,
@@ -64,7 +64,7 @@ impl Heard {
             } else {
                 now
             };
-            *said = Said {
+            *said = LevelReport {
                 speaks,
                 holds,
                 since,
@@ -97,7 +97,7 @@ impl Levels {
             member,
             speaks,
             raise_after,
-            heard: Heard::default(),
+            heard: LevelReports::default(),
         }
     }
 
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn the_level_is_raised_once_every_node_has_spoken_it_for_a_while_without_a_gap() {
         let (view, start) = (view(), Instant::now());
-        let mut heard = Heard::default();
+        let mut heard = LevelReports::default();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut round = |seconds: u64, said: &[(u64, u16, bool)]| {
             heard.take(
@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn a_level_that_is_reached_is_not_raised_again() {
         let (view, now) = (View { level: 1, ..view() }, Instant::now());
-        let mut heard = Heard::default();
+        let mut heard = LevelReports::default();
         heard.take(
             now,
             BTreeMap::from([(NodeId(1), (1, false)), (NodeId(2), (1, false))]),

@@ -1,4 +1,4 @@
-//! [`Machine`]: what a node stands on. The real one is [`RealMachine`]; a simulated one lets a test
+//! [`Platform`]: what a node stands on. The real one is [`RealPlatform`]; a simulated one lets a test
 //! end a node at any step of a view change, and start it again from what its disk had kept by then.
 
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::supervisor::Supervisor;
 use crate::types::GroupId;
 
 /// Disk and database of a node, and who watches it change the view.
-pub trait Machine: Send + Sync + 'static {
+pub trait Platform: Send + Sync + 'static {
     /// Opens the data directory, for this node alone.
     fn open_directory(&self, path: &Path) -> Result<DataDirectory, DirectoryError>;
 
@@ -62,9 +62,9 @@ pub enum Stepped<'a> {
 
 /// The machine that this process runs on.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct RealMachine;
+pub struct RealPlatform;
 
-impl Machine for RealMachine {
+impl Platform for RealPlatform {
     fn open_directory(&self, path: &Path) -> Result<DataDirectory, DirectoryError> {
         DataDirectory::open(path)
     }

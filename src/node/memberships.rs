@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::chores::Chores;
-use super::machine::{Machine, Stepped};
+use super::chores::GroupTasks;
+use super::machine::{Platform, Stepped};
 use super::member::Member;
 use crate::client::peer::HostedReplica;
 use crate::raft::Replica;
@@ -36,44 +36,44 @@ const REFUSED_FOR: Duration = Duration::from_millis(500);
 const HEARD_WITHIN: Duration = Duration::from_millis(1500);
 
 /// Takes the steps of the groups that this node leads.
-pub struct Memberships {
-    shared: Arc<Shared>,
-    chores: Chores,
+pub struct MembershipController {
+    shared: Arc<MembershipSteps>,
+    tasks: GroupTasks,
 }
 
-struct Shared {
+struct MembershipSteps {
     member: Arc<Member>,
-    machine: Arc<dyn Machine>,
+    machine: Arc<dyn Platform>,
     /// Replicas that could not be added, and when: others first.
     refused: Mutex<BTreeMap<ReplicaId, Instant>>,
 }
 
-impl Memberships {
-    pub fn new(member: Arc<Member>, machine: Arc<dyn Machine>) -> Self {
-        let chores = Chores::new(&member, TICK);
+impl MembershipController {
+    pub fn new(member: Arc<Member>, machine: Arc<dyn Platform>) -> Self {
+        let tasks = GroupTasks::new(&member, TICK);
         Self {
-            shared: Arc::new(Shared {
+            shared: Arc::new(MembershipSteps {
                 member,
                 machine,
                 refused: Mutex::default(),
             }),
-            chores,
+            tasks,
         }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while self.chores.are_due(shutdown).await {
+        while self.tasks.are_due(shutdown).await {
             let view = self.shared.member.view();
             for group in self.shared.member.registry.groups() {
                 let id = group.key().group;
                 let Some(of) = view.groups.get(&id).filter(|_| group.leads()) else {
                     continue;
                 };
-                if is_as_wanted(of, &group) || self.chores.is_busy(id) {
+                if is_as_wanted(of, &group) || self.tasks.is_busy(id) {
                     continue;
                 }
                 let (shared, view) = (self.shared.clone(), view.clone());
-                self.chores.begin(id, async move {
+                self.tasks.begin(id, async move {
                     let waits = shared.step(&view, &group).await;
                     if waits {
                         tokio::time::sleep(PAUSE).await;
@@ -100,7 +100,7 @@ fn is_as_wanted(of: &view::GroupSpec, group: &Replica) -> bool {
             .eq(of.learners.iter().copied())
 }
 
-impl Shared {
+impl MembershipSteps {
     /// Takes the next step of a group. True: there is something to wait for.
     async fn step(&self, view: &View, group: &Replica) -> bool {
         let id = group.key().group;
@@ -329,7 +329,7 @@ impl Shared {
 }
 
 #[cfg(any(test, feature = "testing"))]
-impl Memberships {
+impl MembershipController {
     /// Reports the members of a group as a leader that goes by `view` does.
     pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {
         let led = self

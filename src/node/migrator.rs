@@ -15,8 +15,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::access::{Access, tell_unreadable};
-use super::chores::Chores;
-use super::machine::{Machine, Stepped};
+use super::chores::GroupTasks;
+use super::machine::{Platform, Stepped};
 use super::member::Member;
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
@@ -70,9 +70,9 @@ const CLEAR_RESTS: u32 = 3;
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Opens and drives the moves of the shards that this node leads.
-pub struct Migrator {
-    shared: Arc<Shared>,
-    chores: Chores,
+pub struct SlotMoveController {
+    shared: Arc<MoveDriver>,
+    tasks: GroupTasks,
     /// The shards with slots that should be elsewhere, by the view of this version: looked up once
     /// per view, not per shard and tick.
     sources: (MapVersion, BTreeSet<GroupId>),
@@ -80,9 +80,9 @@ pub struct Migrator {
     destinations: BTreeSet<GroupId>,
 }
 
-struct Shared {
+struct MoveDriver {
     member: Arc<Member>,
-    machine: Arc<dyn Machine>,
+    machine: Arc<dyn Platform>,
     access: Access,
     /// Shards that open no move before this.
     not_before: Mutex<BTreeMap<GroupId, Instant>>,
@@ -91,10 +91,10 @@ struct Shared {
     copying: Semaphore,
 }
 
-impl Migrator {
-    pub fn new(member: Arc<Member>, machine: Arc<dyn Machine>) -> Self {
-        let (access, chores) = (Access::new(member.clone()), Chores::new(&member, TICK));
-        let shared = Shared {
+impl SlotMoveController {
+    pub fn new(member: Arc<Member>, machine: Arc<dyn Platform>) -> Self {
+        let (access, tasks) = (Access::new(member.clone()), GroupTasks::new(&member, TICK));
+        let shared = MoveDriver {
             member,
             machine,
             access,
@@ -104,14 +104,14 @@ impl Migrator {
         };
         Self {
             shared: Arc::new(shared),
-            chores,
+            tasks,
             sources: Default::default(),
             destinations: BTreeSet::new(),
         }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while self.chores.are_due(shutdown).await {
+        while self.tasks.are_due(shutdown).await {
             let view = self.shared.member.view();
             if self.sources.0 != view.version {
                 self.sources = (
@@ -128,7 +128,7 @@ impl Migrator {
             }
             for group in self.shared.member.registry.groups() {
                 let id = group.key().group;
-                if !id.is_meta() && group.leads() && !self.chores.is_busy(id) {
+                if !id.is_meta() && group.leads() && !self.tasks.is_busy(id) {
                     self.begin(&view, group);
                 }
             }
@@ -149,14 +149,14 @@ impl Migrator {
                 to: open.to,
             };
             shared.lock_clean().remove(&id);
-            self.chores
+            self.tasks
                 .begin(id, async move { shared.drive(&group, &of).await });
         } else if self.sources.1.contains(&id) && shared.may_open(id) {
             shared.lock_clean().remove(&id);
-            self.chores
+            self.tasks
                 .begin(id, async move { shared.open(&group).await });
         } else if shared.lock_clean().get(&id) != Some(&term) {
-            self.chores.begin(id, async move {
+            self.tasks.begin(id, async move {
                 if shared.clear(&group).await {
                     shared.lock_clean().insert(id, term);
                 }
@@ -166,7 +166,7 @@ impl Migrator {
 }
 
 /// What keeps a driver from going on for now.
-enum Hitch {
+enum StepError {
     /// This replica does not lead any more, or has stopped.
     NotLeader,
     /// Look again after a moment.
@@ -174,23 +174,23 @@ enum Hitch {
     Broken(StoreError),
 }
 
-impl From<StoreError> for Hitch {
+impl From<StoreError> for StepError {
     fn from(error: StoreError) -> Self {
-        Hitch::Broken(error)
+        StepError::Broken(error)
     }
 }
 
-impl From<ProposeError> for Hitch {
+impl From<ProposeError> for StepError {
     fn from(error: ProposeError) -> Self {
         match error {
-            ProposeError::NotLeader { .. } | ProposeError::Stopped { .. } => Hitch::NotLeader,
-            other => Hitch::Later(other.to_string()),
+            ProposeError::NotLeader { .. } | ProposeError::Stopped { .. } => StepError::NotLeader,
+            other => StepError::Later(other.to_string()),
         }
     }
 }
 
 /// What a driver remembers between two steps; losing it costs time, nothing else.
-struct Drive {
+struct DriveState {
     /// Since when only changes are left to copy.
     catching_up: Option<Instant>,
     /// Since when nobody serves writes to the slots.
@@ -199,7 +199,7 @@ struct Drive {
     destination: Option<DestinationState>,
 }
 
-impl Shared {
+impl MoveDriver {
     fn may_open(&self, shard: GroupId) -> bool {
         let not_before = self.not_before.lock();
         not_before
@@ -254,7 +254,7 @@ impl Shared {
 
     /// Takes steps until the move has ended, or this replica leads no more.
     async fn drive(&self, group: &Replica, of: &Move) {
-        let mut drive = Drive {
+        let mut drive = DriveState {
             catching_up: None,
             frozen: None,
             destination: None,
@@ -267,9 +267,9 @@ impl Shared {
             };
             drive.destination = None;
             match hitch {
-                Hitch::NotLeader => return,
-                Hitch::Later(reason) => tracing::debug!("move {} waits: {reason}", of.id),
-                Hitch::Broken(error) => return tell_unreadable(group, &error),
+                StepError::NotLeader => return,
+                StepError::Later(reason) => tracing::debug!("move {} waits: {reason}", of.id),
+                StepError::Broken(error) => return tell_unreadable(group, &error),
             }
             if !self.member.view().moves.contains_key(&of.id) {
                 return;
@@ -279,7 +279,12 @@ impl Shared {
     }
 
     /// Looks, decides and takes one step. True: the move has ended.
-    async fn step(&self, group: &Replica, of: &Move, drive: &mut Drive) -> Result<bool, Hitch> {
+    async fn step(
+        &self,
+        group: &Replica,
+        of: &Move,
+        drive: &mut DriveState,
+    ) -> Result<bool, StepError> {
         let begun = Instant::now();
         let step = self.decide(group, of, drive).await?;
         let waits_for_none = drive.catching_up.is_none() && drive.frozen.is_none();
@@ -299,23 +304,26 @@ impl Shared {
     }
 
     /// Waits until this driver may burden the node.
-    async fn turn(&self) -> Result<SemaphorePermit<'_>, Hitch> {
-        self.copying.acquire().await.map_err(|_| Hitch::NotLeader)
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, StepError> {
+        self.copying
+            .acquire()
+            .await
+            .map_err(|_| StepError::NotLeader)
     }
 
     async fn decide(
         &self,
         group: &Replica,
         of: &Move,
-        drive: &mut Drive,
-    ) -> Result<MoveStep, Hitch> {
+        drive: &mut DriveState,
+    ) -> Result<MoveStep, StepError> {
         // What is read here must be what a leader has applied.
         group
             .read_barrier(Instant::now() + STEP_TIMEOUT)
             .await
             .map_err(|error| match group.leads() {
-                true => Hitch::Later(error.to_string()),
-                false => Hitch::NotLeader,
+                true => StepError::Later(error.to_string()),
+                false => StepError::NotLeader,
             })?;
         if drive.destination.is_none() {
             drive.destination = self.observe(of).await;
@@ -348,8 +356,8 @@ impl Shared {
         group: &Replica,
         of: &Move,
         step: &MoveStep,
-        drive: &mut Drive,
-    ) -> Result<bool, Hitch> {
+        drive: &mut DriveState,
+    ) -> Result<bool, StepError> {
         match step {
             MoveStep::Copy(progress) => self.copy(group, of, progress, drive).await?,
             MoveStep::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
@@ -369,7 +377,7 @@ impl Shared {
                 return Ok(true);
             }
             MoveStep::Over => return Ok(true),
-            MoveStep::Wait(reason) => return Err(Hitch::Later(format!("{reason:?}"))),
+            MoveStep::Wait(reason) => return Err(StepError::Later(format!("{reason:?}"))),
             step => {
                 if let MoveStep::Abort(reason) = step {
                     tracing::info!(
@@ -393,7 +401,7 @@ impl Shared {
         Ok(false)
     }
 
-    fn budget(&self, of: &Move, drive: &Drive) -> MoveLimits {
+    fn budget(&self, of: &Move, drive: &DriveState) -> MoveLimits {
         let view = self.member.view();
         MoveLimits {
             freeze_bytes_max: FREEZE_BYTES_MAX,
@@ -415,13 +423,13 @@ impl Shared {
         group: &Replica,
         of: &Move,
         progress: &InstallProgress,
-        drive: &mut Drive,
-    ) -> Result<(), Hitch> {
+        drive: &mut DriveState,
+    ) -> Result<(), StepError> {
         let (id, cursor) = (of.id, progress.cursor.clone());
         let look = move |read: &MapRead<'_>| moves::move_chunk(read, id, &cursor, CHUNK_BYTES);
         let chunk = group.state().read_in(ReadKind::Page, look).await?;
         let Some(chunk) = chunk else {
-            return Err(Hitch::Later("the move is not open here yet".into()));
+            return Err(StepError::Later("the move is not open here yet".into()));
         };
         let install = chunk.install(of.id, progress.chunk);
         let bytes = install.bytes();
@@ -445,13 +453,13 @@ impl Shared {
         group: &Replica,
         of: &Move,
         chunk: u64,
-        drive: &mut Drive,
-    ) -> Result<(), Hitch> {
+        drive: &mut DriveState,
+    ) -> Result<(), StepError> {
         let id = of.id;
         let look = move |read: &MapRead<'_>| moves::final_contents(read, id);
         let contents = group.state().read_in(ReadKind::Page, look).await?;
         let Some(contents) = contents else {
-            return Err(Hitch::Later("the move is not frozen here yet".into()));
+            return Err(StepError::Later("the move is not frozen here yet".into()));
         };
         let step = MoveCommand::Complete { chunk, contents }.into_command(of.id, &of.slots);
         self.send(group, of, MoveSide::Destination, step, drive)
@@ -465,22 +473,32 @@ impl Shared {
         of: &Move,
         side: MoveSide,
         command: KvCommand,
-        drive: &mut Drive,
-    ) -> Result<(), Hitch> {
+        drive: &mut DriveState,
+    ) -> Result<(), StepError> {
         let outcome = match side {
             MoveSide::Source => match group
                 .propose_command(command, Instant::now() + STEP_TIMEOUT)
                 .await?
             {
                 KvOutcome::Moved(outcome) => outcome,
-                other => return Err(Hitch::Later(format!("a step was answered by {other:?}"))),
+                other => {
+                    return Err(StepError::Later(format!(
+                        "a step was answered by {other:?}"
+                    )));
+                }
             },
             MoveSide::Destination => {
                 drive.destination = None;
                 match self.call(of.to, ShardBody::Move(command)).await {
                     ShardReply::Moved(outcome) => outcome,
-                    ShardReply::Failed(failure) => return Err(Hitch::Later(failure.to_string())),
-                    other => return Err(Hitch::Later(format!("a step was answered by {other:?}"))),
+                    ShardReply::Failed(failure) => {
+                        return Err(StepError::Later(failure.to_string()));
+                    }
+                    other => {
+                        return Err(StepError::Later(format!(
+                            "a step was answered by {other:?}"
+                        )));
+                    }
                 }
             }
         };
@@ -505,20 +523,24 @@ impl Shared {
             }
             MoveOutcome::Rejected(rejection) => {
                 drive.destination = None;
-                return Err(Hitch::Later(format!("{rejection:?}")));
+                return Err(StepError::Later(format!("{rejection:?}")));
             }
         }
         Ok(())
     }
 
     /// Has the meta group end the move. False: it had ended before.
-    async fn end(&self, of: &Move, command: meta::MetaCommand) -> Result<bool, Hitch> {
+    async fn end(&self, of: &Move, command: meta::MetaCommand) -> Result<bool, StepError> {
         let known = self.member.view().version;
         let is_news = match self.member.tell_meta(command, STEP_TIMEOUT).await {
             Ok(meta::MetaOutcome::Done) => true,
             Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::NoSuchMove(_))) => false,
-            Ok(other) => return Err(Hitch::Later(format!("the meta group answered {other:?}"))),
-            Err(failure) => return Err(Hitch::Later(failure.to_string())),
+            Ok(other) => {
+                return Err(StepError::Later(format!(
+                    "the meta group answered {other:?}"
+                )));
+            }
+            Err(failure) => return Err(StepError::Later(failure.to_string())),
         };
         tracing::debug!(
             "move {} of {} slots to shard {} has ended",
@@ -710,12 +732,12 @@ mod tests {
             limit: "the proposals of this node".to_owned(),
         };
         assert!(
-            matches!(Hitch::from(full), Hitch::Later(reason) if reason.contains("the proposals of \
+            matches!(StepError::from(full), StepError::Later(reason) if reason.contains("the proposals of \
                 this node"))
         );
         assert!(matches!(
-            Hitch::from(ProposeError::NotLeader { leader: None }),
-            Hitch::NotLeader
+            StepError::from(ProposeError::NotLeader { leader: None }),
+            StepError::NotLeader
         ));
     }
 }

@@ -79,13 +79,13 @@ use crate::telemetry::rarely;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 pub use bootstrap::NoStart;
-use bootstrap::Waiting;
+use bootstrap::WaitReason;
 pub use join::JoinError;
 use join::Joining;
-use machine::{Machine, RealMachine};
+use machine::{Platform, RealPlatform};
 pub use metrics::{Family, FamilyKind};
-use reconciler::Lack;
-use running::Running;
+use reconciler::NotReady;
+use running::RunningNode;
 pub use running::StartError;
 
 /// How soon a client should ask a node again that is not part of a cluster yet.
@@ -100,7 +100,7 @@ const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// A node, from its start to its stop.
 pub struct Node {
     joining: Arc<Joining>,
-    running: OnceLock<Running>,
+    running: OnceLock<RunningNode>,
     is_stopping: AtomicBool,
     /// What the answers under way are charged to.
     answers: Arc<Budget>,
@@ -195,7 +195,7 @@ impl Node {
     ///
     /// When the configuration makes no sense, or the directory can't be used.
     pub fn open(config: NodeConfig) -> Result<Arc<Self>, NodeError> {
-        Self::open_on(Arc::new(RealMachine), config)
+        Self::open_on(Arc::new(RealPlatform), config)
     }
 
     /// As [`Node::open`], on any machine.
@@ -203,7 +203,7 @@ impl Node {
     /// # Errors
     ///
     /// When the configuration makes no sense, or the directory can't be used.
-    pub fn open_on(machine: Arc<dyn Machine>, config: NodeConfig) -> Result<Arc<Self>, NodeError> {
+    pub fn open_on(machine: Arc<dyn Platform>, config: NodeConfig) -> Result<Arc<Self>, NodeError> {
         config.check()?;
         let directory = machine.open_directory(&config.data_dir)?;
         let caller = PeerCaller::new().map_err(NodeError::Client)?;
@@ -248,20 +248,26 @@ impl Node {
             }
             Err(error) => return Err(error),
         };
-        let running =
-            match Running::start(&self.joining, joined, &found, Arc::clone(&self.answers)).await {
-                Ok(running) => running,
-                Err(error) => {
-                    let is_condemned = running::are_maps_condemned(self.joining.directory_path());
-                    let error = if is_condemned {
-                        NodeError::MapsDamaged
-                    } else {
-                        error.into()
-                    };
-                    let is_rested = !error.may_come_back() || self.rested(shutdown).await;
-                    return if is_rested { Err(error) } else { Ok(()) };
-                }
-            };
+        let running = match RunningNode::start(
+            &self.joining,
+            joined,
+            &found,
+            Arc::clone(&self.answers),
+        )
+        .await
+        {
+            Ok(running) => running,
+            Err(error) => {
+                let is_condemned = running::are_maps_condemned(self.joining.directory_path());
+                let error = if is_condemned {
+                    NodeError::MapsDamaged
+                } else {
+                    error.into()
+                };
+                let is_rested = !error.may_come_back() || self.rested(shutdown).await;
+                return if is_rested { Err(error) } else { Ok(()) };
+            }
+        };
         let failed = running.log_failure();
         let condemned = running.condemned();
         let given_up = running.given_up();
@@ -305,7 +311,7 @@ impl Node {
     /// runs here runs on until then. Returns why the node stops, if it was not told to meanwhile.
     async fn prepare_restart(
         &self,
-        running: &Running,
+        running: &RunningNode,
         error: NodeError,
         shutdown: &CancellationToken,
     ) -> Result<(), NodeError> {
@@ -392,8 +398,8 @@ impl Node {
             None => unready(self.waiting_code(), self.waiting_reason()),
             Some(running) => match running.unready() {
                 None => Ok(()),
-                Some(Lack::Failed(reason)) => unready("replica-failed", reason),
-                Some(Lack::Late(reason)) => unready("catching-up", reason),
+                Some(NotReady::Failed(reason)) => unready("replica-failed", reason),
+                Some(NotReady::Late(reason)) => unready("catching-up", reason),
             },
         }
     }
@@ -625,14 +631,14 @@ impl Node {
         self.memberships()?.report(view, group).await
     }
 
-    fn memberships(&self) -> Result<memberships::Memberships, String> {
+    fn memberships(&self) -> Result<memberships::MembershipController, String> {
         let member = self
             .running
             .get()
             .ok_or("it belongs to no cluster")?
             .member()
             .clone();
-        Ok(memberships::Memberships::new(
+        Ok(memberships::MembershipController::new(
             member,
             self.joining.machine().clone(),
         ))
@@ -748,7 +754,7 @@ impl Store for Node {
             None => self
                 .joining
                 .waiting()
-                .filter(Waiting::is_spare)?
+                .filter(WaitReason::is_spare)?
                 .members()
                 .to_vec(),
         };

@@ -33,7 +33,7 @@ const ASKED_MAX: usize = 16;
 const ELSEWHERE_MAX: usize = ASKED_MAX / 2;
 
 /// Asks around when the meta group is silent.
-pub struct News {
+pub struct StaleViewRefresh {
     member: Arc<Member>,
     /// Where else to ask: members that retired nodes told of.
     elsewhere: Mutex<BTreeSet<Address>>,
@@ -44,7 +44,7 @@ pub struct News {
     called: Notify,
 }
 
-impl News {
+impl StaleViewRefresh {
     pub fn new(member: Arc<Member>) -> Self {
         Self {
             member,

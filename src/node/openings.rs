@@ -1,4 +1,4 @@
-//! [`Openings`]: opens the replicas that the view gives this node; one that could not be opened, or
+//! [`ReplicaOpener`]: opens the replicas that the view gives this node; one that could not be opened, or
 //! has stopped, again after a pause. `failures` knows which those are, and how long each rests.
 //!
 //! What has failed before is opened beside everything else, since it may read a whole map each
@@ -23,7 +23,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Opens replicas.
 #[derive(Default)]
-pub struct Openings {
+pub struct ReplicaOpener {
     tasks: ReplicaTasks<Result<(), OpenError>>,
 }
 
@@ -35,7 +35,7 @@ pub struct ReplicaTasks<T> {
 
 /// As what a replica is opened.
 #[derive(Debug, Clone, Copy)]
-enum As {
+enum OpenAs {
     Map {
         may_create: bool,
     },
@@ -46,31 +46,33 @@ enum As {
     Before,
 }
 
-impl As {
+impl OpenAs {
     fn of(group: &view::GroupSpec, key: ReplicaKey) -> Self {
         // A member's first replica of the meta group was opened before it was one.
         let is_first_of_meta = key.group.is_meta() && group.creation.contains_key(&key.replica);
         let may_create = may_create(group, key.replica) && !is_first_of_meta;
         if group.is_witness(key.replica) {
-            As::Witness { may_create }
+            OpenAs::Witness { may_create }
         } else if group.replicas.contains_key(&key.replica) {
-            As::Map { may_create }
+            OpenAs::Map { may_create }
         } else {
-            As::Before
+            OpenAs::Before
         }
     }
 
     async fn open(self, registry: &Arc<Registry>, key: ReplicaKey) -> Result<(), OpenError> {
         match self {
-            As::Map { may_create } => registry.open_replica(key, may_create).await.map(|_| ()),
-            As::Witness { may_create } => registry.open_witness(key, may_create).await.map(|_| ()),
-            As::Before => registry.reopen(key).await,
+            OpenAs::Map { may_create } => registry.open_replica(key, may_create).await.map(|_| ()),
+            OpenAs::Witness { may_create } => {
+                registry.open_witness(key, may_create).await.map(|_| ())
+            }
+            OpenAs::Before => registry.reopen(key).await,
         }
     }
 }
 
 /// How a replica of this node is found.
-enum Found {
+enum ReplicaPresence {
     Runs,
     /// It is open, and applies nothing more.
     Stopped(String),
@@ -79,7 +81,7 @@ enum Found {
     InTheWay,
 }
 
-impl Openings {
+impl ReplicaOpener {
     /// Opens what is due, but for replicas that are being `wiped`. Returns whether there was
     /// nothing to do.
     pub async fn open(
@@ -104,7 +106,7 @@ impl Openings {
             let Some(group) = view.groups.get(&key.group) else {
                 continue;
             };
-            let kind = As::of(group, key);
+            let kind = OpenAs::of(group, key);
             is_idle = false;
             if !failures.has_failed_before(key) {
                 note(member, key, kind.open(&member.registry, key).await);
@@ -136,12 +138,12 @@ impl Openings {
 /// Notes how a replica is. Returns whether it is to be opened now.
 fn is_to_be_opened(member: &Member, failures: &Failures, key: ReplicaKey) -> bool {
     match look(&member.registry, key) {
-        Found::Runs => {
+        ReplicaPresence::Runs => {
             failures.runs(key);
             false
         }
-        Found::InTheWay => false,
-        Found::Stopped(reason) if failures.of(key).is_none() => {
+        ReplicaPresence::InTheWay => false,
+        ReplicaPresence::Stopped(reason) if failures.of(key).is_none() => {
             let is_given_up = member.registry.maps_given_up().is_some();
             let cause = if is_given_up {
                 FailureCause::Database
@@ -151,11 +153,11 @@ fn is_to_be_opened(member: &Member, failures: &Failures, key: ReplicaKey) -> boo
             failures.failed(key, cause, format!("it has stopped: {reason}"));
             false
         }
-        Found::Stopped(_) | Found::Absent => failures.is_due(key),
+        ReplicaPresence::Stopped(_) | ReplicaPresence::Absent => failures.is_due(key),
     }
 }
 
-fn look(registry: &Registry, key: ReplicaKey) -> Found {
+fn look(registry: &Registry, key: ReplicaKey) -> ReplicaPresence {
     let map = registry
         .get(key.group)
         .map(|group| (group.key(), group.failure()));
@@ -164,10 +166,10 @@ fn look(registry: &Registry, key: ReplicaKey) -> Found {
         Some((witness.key(), witness.status().failed))
     };
     match map.or_else(witness) {
-        None => Found::Absent,
-        Some((open, _)) if open != key => Found::InTheWay,
-        Some((_, None)) => Found::Runs,
-        Some((_, Some(reason))) => Found::Stopped(reason),
+        None => ReplicaPresence::Absent,
+        Some((open, _)) if open != key => ReplicaPresence::InTheWay,
+        Some((_, None)) => ReplicaPresence::Runs,
+        Some((_, Some(reason))) => ReplicaPresence::Stopped(reason),
     }
 }
 

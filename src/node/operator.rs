@@ -46,12 +46,12 @@ const NAMES_MAX: usize = 8;
 pub struct Operator {
     member: Arc<Member>,
     /// Of the change that was last asked about: when that was first, and what was left then.
-    watched: Mutex<Option<Watched>>,
+    watched: Mutex<Option<TrackedChange>>,
     turns: Semaphore,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Watched {
+struct TrackedChange {
     id: PlanEpoch,
     since: Instant,
     bytes_left: u64,
@@ -395,7 +395,7 @@ impl Operator {
         let mut watched = self.watched.lock();
         let first = match *watched {
             Some(first) if first.id == id && first.bytes_left >= bytes_left => first,
-            _ => *watched.insert(Watched {
+            _ => *watched.insert(TrackedChange {
                 id,
                 since: Instant::now(),
                 bytes_left,

@@ -4,7 +4,7 @@
 //! It makes no choices: every step says "ensure", reads what is there, and may be repeated. What it
 //! ensures, each tick:
 //! - the view of this node is that of its meta replica, and its stamp says so;
-//! - every replica of the view that is this node's is open (`openings`); a new one is created only
+//! - every replica of the view that is this node's is open (`opener`); a new one is created only
 //!   from the group's creation record, and only if this node's log has never held it (▸ no frame
 //!   ever creates a replica); one that fails is tried again;
 //! - a group that was never initialized is, from its creation record: the same on every member, so
@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::access::tell_unreadable;
 use super::join::Joining;
 use super::member::Member;
-use super::openings::{Openings, ReplicaTasks};
+use super::openings::{ReplicaOpener, ReplicaTasks};
 use crate::client::peer::Announcement;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{OpenError, ProposeError, Replica};
@@ -72,7 +72,7 @@ pub struct Reconciler {
     first_view: Box<View>,
     started: Instant,
     /// What is known to be done: looked at again only after a change.
-    done: Mutex<Done>,
+    done: Mutex<DoneSteps>,
     announcing: Mutex<Announcing>,
     condemned: CancellationToken,
     given_up: CancellationToken,
@@ -89,7 +89,7 @@ struct Announcing {
 }
 
 #[derive(Default)]
-struct Done {
+struct DoneSteps {
     meta_applied: Option<crate::types::LogId>,
     initialized: BTreeSet<GroupId>,
     claimed: BTreeSet<GroupId>,
@@ -106,14 +106,14 @@ struct Wipes {
 
 /// What goes on beside the ticks.
 #[derive(Default)]
-struct UnderWay {
+struct PendingTasks {
     wipes: Wipes,
-    openings: Openings,
+    opener: ReplicaOpener,
 }
 
 /// Why this node should not be given requests yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Lack {
+pub enum NotReady {
     /// A replica of it does not run.
     Failed(String),
     /// Something is on its way.
@@ -145,10 +145,10 @@ impl Reconciler {
     }
 
     pub async fn run(&self, shutdown: &CancellationToken) {
-        let mut under_way = UnderWay::default();
+        let mut pending = PendingTasks::default();
         loop {
             supervisor::beat();
-            let idle = self.tick(&mut under_way).await;
+            let idle = self.tick(&mut pending).await;
             let interval = if idle { TICK_IDLE } else { TICK_BUSY };
             let meta = self
                 .member
@@ -159,8 +159,8 @@ impl Reconciler {
                 biased;
                 () = shutdown.cancelled() => {
                     // Log and maps are closed next.
-                    under_way.wipes.tasks.end().await;
-                    under_way.openings.end().await;
+                    pending.wipes.tasks.end().await;
+                    pending.opener.end().await;
                     return;
                 }
                 () = another_entry(meta, self.seen_index()) => {}
@@ -178,7 +178,7 @@ impl Reconciler {
     }
 
     /// Why this node should not be given requests yet; none: it is ready.
-    pub fn unready(&self) -> Option<Lack> {
+    pub fn unready(&self) -> Option<NotReady> {
         let view = self.member.view();
         let done = self.done.lock();
         let failed = self
@@ -188,7 +188,7 @@ impl Reconciler {
             .into_iter()
             .max_by_key(|failure| failure.for_time);
         if let Some(failure) = failed {
-            return Some(Lack::Failed(format!(
+            return Some(NotReady::Failed(format!(
                 "replica {} has failed {:.0?} ago: {}; it is tried again in {:.0?}",
                 failure.key, failure.for_time, failure.reason, failure.retry_in
             )));
@@ -207,7 +207,7 @@ impl Reconciler {
                     unclaimed.then(|| format!("shard {:#} does not own its slots yet", key.group))
                 })
         });
-        lack.map(Lack::Late)
+        lack.map(NotReady::Late)
     }
 
     /// Why what is asked for a group can't be passed to its leader, though that is heard of.
@@ -232,12 +232,12 @@ impl Reconciler {
     }
 
     /// One round over everything. True: there was nothing to do.
-    async fn tick(&self, under_way: &mut UnderWay) -> bool {
+    async fn tick(&self, pending: &mut PendingTasks) -> bool {
         self.follow_view().await;
         let view = self.member.view();
-        let UnderWay { wipes, openings } = under_way;
-        let mut idle = self.wipe_retired(&view, wipes, openings);
-        idle &= openings
+        let PendingTasks { wipes, opener } = pending;
+        let mut idle = self.wipe_retired(&view, wipes, opener);
+        idle &= opener
             .open(&self.member, &view, |key| wipes.tasks.has(key))
             .await;
         self.look_at_maps();
@@ -250,7 +250,7 @@ impl Reconciler {
             }
         }
         // A replica that has failed is not tried again sooner by looking more often.
-        idle && !matches!(self.unready(), Some(Lack::Late(_)))
+        idle && !matches!(self.unready(), Some(NotReady::Late(_)))
     }
 
     /// Sees whether only another process can mend what has failed.
@@ -300,7 +300,7 @@ impl Reconciler {
 
     /// Forgets the replicas that the view has retired. One that it does not know yet stays: this
     /// view may be an old one.
-    fn wipe_retired(&self, view: &View, wipes: &mut Wipes, openings: &Openings) -> bool {
+    fn wipe_retired(&self, view: &View, wipes: &mut Wipes, opener: &ReplicaOpener) -> bool {
         while let Some((key, ended)) = wipes.tasks.try_ended() {
             let mut done = self.done.lock();
             done.claimed.remove(&key.group);
@@ -330,7 +330,7 @@ impl Reconciler {
             // The last replica of the meta group goes with the node, not before.
             let is_last_of_meta =
                 key.group.is_meta() && !hosted.iter().any(|other| other.group.is_meta());
-            let is_busy = wipes.tasks.has(*key) || openings.are_busy_with(*key) || rests(key);
+            let is_busy = wipes.tasks.has(*key) || opener.are_busy_with(*key) || rests(key);
             is_retired(view, *key) && !is_last_of_meta && !is_busy
         };
         let stored = self.member.registry.stored();

@@ -17,7 +17,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::failure_reports::{Told, failing_nodes, failing_replicas};
+use super::failure_reports::{FailedByNode, failing_nodes, failing_replicas};
 use super::member::Member;
 use crate::client::peer::{Identity, Standing};
 use crate::raft::Replica;
@@ -36,29 +36,29 @@ const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const CLAIM_SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// Watches the nodes, and plans without those that stay away.
-pub struct Repair {
+pub struct NodeReplacement {
     member: Arc<Member>,
     replace_after: Duration,
     /// How long another directory must answer in the place of a node before that node's disk passes
     /// for lost.
     lost_disk_after: Duration,
     /// How each node is seen, and since when.
-    seen: BTreeMap<NodeId, Sight>,
+    seen: BTreeMap<NodeId, PresenceRecord>,
     /// What nodes have told of replicas that have failed there.
-    failed: Told,
+    failed: FailedByNode,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Sight {
+struct PresenceRecord {
     is_here: bool,
     since: Instant,
     /// Another directory answers under its address.
-    claim: Option<Claim>,
+    claim: Option<DirectoryClaim>,
 }
 
 /// What a node that is away was found to be when its address was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
+enum AddressProbe {
     /// Nobody answered.
     Nothing,
     /// One that takes nobody's place.
@@ -70,21 +70,21 @@ enum Found {
 
 /// Another directory in the place of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Claim {
+struct DirectoryClaim {
     by: DirectoryId,
     /// Since when it, and no other, answered there.
     since: Instant,
     last: Instant,
 }
 
-impl Repair {
+impl NodeReplacement {
     pub fn new(member: Arc<Member>, replace_after: Duration, lost_disk_after: Duration) -> Self {
         Self {
             member,
             replace_after,
             lost_disk_after,
             seen: BTreeMap::new(),
-            failed: Told::new(),
+            failed: FailedByNode::new(),
         }
     }
 
@@ -153,31 +153,31 @@ impl Repair {
             .map(|(id, node)| async move {
                 let found = match peers.identity(&node.address, ASK_TIMEOUT).await {
                     Ok(identity) => found_at(view, id, &node.address, &identity),
-                    Err(_) => Found::Nothing,
+                    Err(_) => AddressProbe::Nothing,
                 };
                 (id, found)
             });
-        let found: BTreeMap<NodeId, Found> = join_all(asked).await.into_iter().collect();
+        let found: BTreeMap<NodeId, AddressProbe> = join_all(asked).await.into_iter().collect();
 
         let sights = here
             .into_iter()
             .map(|id| (id, true))
             .chain(away.into_iter().map(|id| (id, false)));
         for (id, is_here) in sights {
-            let sight = self.seen.entry(id).or_insert(Sight {
+            let sight = self.seen.entry(id).or_insert(PresenceRecord {
                 is_here,
                 since: now,
                 claim: None,
             });
             let before = sight.claim;
             if sight.is_here != is_here {
-                *sight = Sight {
+                *sight = PresenceRecord {
                     is_here,
                     since: now,
                     claim: None,
                 };
             }
-            let found = found.get(&id).copied().unwrap_or(Found::Other);
+            let found = found.get(&id).copied().unwrap_or(AddressProbe::Other);
             sight.claim = next_claim(sight.claim, found, Instant::now());
             let address = view
                 .nodes
@@ -188,7 +188,7 @@ impl Repair {
     }
 
     fn seen(&self) -> BTreeMap<NodeId, NodePresence> {
-        let told = |sight: &Sight| {
+        let told = |sight: &PresenceRecord| {
             let for_ms = as_ms(sight.since.elapsed());
             match sight.claim {
                 Some(claim) if claim.last.duration_since(claim.since) >= self.lost_disk_after => {
@@ -274,13 +274,13 @@ async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacemen
 }
 
 /// Returns what the answer of whoever sits at the address of a node that is away says of that node.
-fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> Found {
+fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> AddressProbe {
     let is_known = view
         .nodes
         .values()
         .any(|known| known.directory == identity.directory);
     if is_known || identity.address != *asked {
-        return Found::Other;
+        return AddressProbe::Other;
     }
     // Only one that belongs nowhere takes the place: another cluster's node at the same address is
     // a mistake.
@@ -290,9 +290,9 @@ fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> 
         Standing::Promised { .. } | Standing::Member { .. } => false,
     };
     if is_free {
-        Found::Empty(identity.directory)
+        AddressProbe::Empty(identity.directory)
     } else {
-        Found::Other
+        AddressProbe::Other
     }
 }
 
@@ -304,27 +304,36 @@ fn means_us(view: &View, asked: NodeId, named: &[Address]) -> bool {
 }
 
 /// The claim to a node's place after its address was asked once more.
-fn next_claim(claim: Option<Claim>, found: Found, now: Instant) -> Option<Claim> {
+fn next_claim(
+    claim: Option<DirectoryClaim>,
+    found: AddressProbe,
+    now: Instant,
+) -> Option<DirectoryClaim> {
     match (claim, found) {
-        (_, Found::Other) => None,
-        (Some(claim), Found::Empty(by))
+        (_, AddressProbe::Other) => None,
+        (Some(claim), AddressProbe::Empty(by))
             if claim.by == by && now.duration_since(claim.last) < CLAIM_SILENCE_MAX =>
         {
-            Some(Claim { last: now, ..claim })
+            Some(DirectoryClaim { last: now, ..claim })
         }
-        (_, Found::Empty(by)) => Some(Claim {
+        (_, AddressProbe::Empty(by)) => Some(DirectoryClaim {
             by,
             since: now,
             last: now,
         }),
-        (claim, Found::Nothing) => {
+        (claim, AddressProbe::Nothing) => {
             claim.filter(|claim| now.duration_since(claim.last) < CLAIM_SILENCE_MAX)
         }
     }
 }
 
 /// Tells of a claim when it begins and when it ends.
-fn tell_claim(address: &str, before: Option<Claim>, now: Option<Claim>, lost_disk_after: Duration) {
+fn tell_claim(
+    address: &str,
+    before: Option<DirectoryClaim>,
+    now: Option<DirectoryClaim>,
+    lost_disk_after: Duration,
+) {
     let grace = lost_disk_after.as_secs();
     match (before, now) {
         (before, Some(claim)) if before.is_none_or(|before| before.since != claim.since) => {
@@ -336,7 +345,8 @@ fn tell_claim(address: &str, before: Option<Claim>, now: Option<Claim>, lost_dis
             )
         }
         (Some(before), Some(claim)) => {
-            let passed = |claim: &Claim| claim.last.duration_since(claim.since) >= lost_disk_after;
+            let passed =
+                |claim: &DirectoryClaim| claim.last.duration_since(claim.since) >= lost_disk_after;
             if passed(&claim) && !passed(&before) {
                 tracing::warn!(
                     "the disk of the node at {address} counts as lost: data directory {} takes its \
@@ -428,43 +438,47 @@ mod tests {
         let table = [
             (
                 identity(3, 77, fresh(&[1, 2, 3])),
-                Found::Empty(DirectoryId(77)),
+                AddressProbe::Empty(DirectoryId(77)),
                 "with the flags of the node",
             ),
             (
                 identity(3, 77, retired(9)),
-                Found::Empty(DirectoryId(77)),
+                AddressProbe::Empty(DirectoryId(77)),
                 "that was of this cluster",
             ),
             (
                 identity(4, 77, fresh(&[1, 2, 3])),
-                Found::Other,
+                AddressProbe::Other,
                 "that is called otherwise",
             ),
             (
                 identity(3, 77, fresh(&[3, 8])),
-                Found::Other,
+                AddressProbe::Other,
                 "that is to be of another cluster",
             ),
             (
                 identity(3, 77, fresh(&[3])),
-                Found::Other,
+                AddressProbe::Other,
                 "that is to be a cluster of its own",
             ),
             (
                 identity(3, 77, retired(8)),
-                Found::Other,
+                AddressProbe::Other,
                 "that was of another cluster",
             ),
             (
                 identity(3, 77, member),
-                Found::Other,
+                AddressProbe::Other,
                 "that belongs to a cluster",
             ),
-            (identity(3, 77, promised), Found::Other, "that has promised"),
+            (
+                identity(3, 77, promised),
+                AddressProbe::Other,
+                "that has promised",
+            ),
             (
                 identity(3, 2, fresh(&[1, 2, 3])),
-                Found::Other,
+                AddressProbe::Other,
                 "that the view knows",
             ),
         ];
@@ -481,29 +495,32 @@ mod tests {
     fn a_claim_counts_from_its_first_answer_and_ends_with_any_other() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let (one, two) = (Found::Empty(DirectoryId(1)), Found::Empty(DirectoryId(2)));
+        let (one, two) = (
+            AddressProbe::Empty(DirectoryId(1)),
+            AddressProbe::Empty(DirectoryId(2)),
+        );
         let mut claim = None;
         let mut step = |found, seconds| {
             claim = next_claim(claim, found, at(seconds));
             claim.map(|claim| (claim.by.0, claim.since.duration_since(start).as_secs()))
         };
-        assert_eq!(step(Found::Nothing, 0), None);
+        assert_eq!(step(AddressProbe::Nothing, 0), None);
         assert_eq!(step(one, 1), Some((1, 1)));
         assert_eq!(step(one, 2), Some((1, 1)));
         assert_eq!(
-            step(Found::Nothing, 4),
+            step(AddressProbe::Nothing, 4),
             Some((1, 1)),
             "one answer may be lost"
         );
         assert_eq!(step(one, 6), Some((1, 1)));
         assert_eq!(step(two, 7), Some((2, 7)), "another directory");
         assert_eq!(
-            step(Found::Other, 8),
+            step(AddressProbe::Other, 8),
             None,
             "the node itself, or nobody's successor"
         );
         assert_eq!(step(two, 9), Some((2, 9)));
-        assert_eq!(step(Found::Nothing, 14), None, "silence");
+        assert_eq!(step(AddressProbe::Nothing, 14), None, "silence");
         assert_eq!(step(two, 20), Some((2, 20)));
         assert_eq!(step(two, 26), Some((2, 26)), "nobody asked in between");
     }

@@ -1,4 +1,4 @@
-//! [`Running`]: everything of a node that belongs to a cluster, brought up in order and closed in
+//! [`RunningNode`]: everything of a node that belongs to a cluster, brought up in order and closed in
 //! the reverse one.
 //!
 //! The order matters. The log opens first, and must not be new where the stamp says that this node
@@ -17,23 +17,23 @@ use tokio_util::sync::CancellationToken;
 
 use super::access::Access;
 use super::agreement::Agreement;
-use super::balancer::Balancer;
-use super::compactor::Compactor;
+use super::balancer::LeaderPlacement;
+use super::compactor::MapCompactor;
 use super::disk_watch::DiskWatch;
-use super::failure_reports::Reporter;
+use super::failure_reports::FailureReporter;
 use super::introduction::Greeter;
-use super::janitor::Janitor;
+use super::janitor::LogCompactor;
 use super::join::{Joined, Joining};
 use super::leftovers;
 use super::levels::{Levels, outgrown};
 use super::member::{Member, Views, read_view_now};
-use super::memberships::Memberships;
+use super::memberships::MembershipController;
 use super::metrics::{self, Family};
-use super::migrator::Migrator;
-use super::news::News;
-use super::reconciler::{Lack, Reconciler};
-use super::repair::Repair;
-use super::scout::Scout;
+use super::migrator::SlotMoveController;
+use super::news::StaleViewRefresh;
+use super::reconciler::{NotReady, Reconciler};
+use super::repair::NodeReplacement;
+use super::scout::ReachabilityProbe;
 use super::scrub::{Scrubber, Scrubs};
 use super::watchdog::{Findings, Watchdog};
 use crate::budget::Budget;
@@ -103,27 +103,27 @@ pub enum StartError {
 }
 
 /// A node of a cluster, with its groups.
-pub struct Running {
+pub struct RunningNode {
     router: Router<Access>,
     member: Arc<Member>,
     reconciler: Arc<Reconciler>,
-    news: Arc<News>,
+    news: Arc<StaleViewRefresh>,
     findings: Arc<Findings>,
     scrubs: Arc<Scrubs>,
-    storage: Storage,
+    storage: NodeStorage,
     stop: CancellationToken,
     tasks: Mutex<JoinSet<()>>,
     speaks: u16,
 }
 
 /// Log and maps, with the threads that write them.
-struct Storage {
+struct NodeStorage {
     log: Log,
     states: Arc<MapStore>,
     threads: parking_lot::Mutex<Vec<JoinHandle<()>>>,
 }
 
-impl Running {
+impl RunningNode {
     /// `found`: where members were found to run, which the view may not say yet. Answers are
     /// charged to `answers`.
     pub async fn start(
@@ -134,7 +134,8 @@ impl Running {
     ) -> Result<Self, StartError> {
         let opening = Arc::clone(joining);
         let cluster = joined.view.cluster;
-        let opened = tokio::task::spawn_blocking(move || Storage::open(&opening, cluster)).await;
+        let opened =
+            tokio::task::spawn_blocking(move || NodeStorage::open(&opening, cluster)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
         let config = joining.config();
         let identity =
@@ -172,8 +173,8 @@ impl Running {
             joined.view,
         ));
         let stop = CancellationToken::new();
-        let news = Arc::new(News::new(member.clone()));
-        let mut tasks = Tasks {
+        let news = Arc::new(StaleViewRefresh::new(member.clone()));
+        let mut tasks = ControllerTasks {
             supervisor: joining.supervisor().clone(),
             stop: stop.clone(),
             running: JoinSet::new(),
@@ -184,8 +185,8 @@ impl Running {
             |stop| async move { reconciling.run(&stop).await },
         );
         tasks.start("news", |stop| async move { asking.run(&stop).await });
-        let balancer = Balancer::new(member.clone());
-        let janitor = Janitor::new(member.clone(), storage.log.clone(), config.log_bytes);
+        let balancer = LeaderPlacement::new(member.clone());
+        let janitor = LogCompactor::new(member.clone(), storage.log.clone(), config.log_bytes);
         tasks.start("balancer", |stop| async move { balancer.run(&stop).await });
         tasks.start("janitor", |stop| async move { janitor.run(&stop).await });
         let disk_watch = DiskWatch::new(
@@ -198,15 +199,15 @@ impl Running {
             "disk-watch",
             |stop| async move { disk_watch.run(&stop).await },
         );
-        let scout = Scout::new(member.clone());
+        let scout = ReachabilityProbe::new(member.clone());
         tasks.start("scout", |stop| async move { scout.run(&stop).await });
-        let compactor = Compactor::new(storage.states.clone(), storage.log.clone());
+        let compactor = MapCompactor::new(storage.states.clone(), storage.log.clone());
         tasks.start(
             "compactor",
             |stop| async move { compactor.run(&stop).await },
         );
-        let memberships = Memberships::new(member.clone(), joining.machine().clone());
-        let migrator = Migrator::new(member.clone(), joining.machine().clone());
+        let memberships = MembershipController::new(member.clone(), joining.machine().clone());
+        let migrator = SlotMoveController::new(member.clone(), joining.machine().clone());
         tasks.start(
             "memberships",
             |stop| async move { memberships.run(&stop).await },
@@ -214,9 +215,10 @@ impl Running {
         tasks.start("migrator", |stop| async move { migrator.run(&stop).await });
         let greeter = Greeter::new(member.clone(), joining.clone());
         tasks.start("greeter", |stop| async move { greeter.run(&stop).await });
-        let repair = Repair::new(member.clone(), config.replace_after, config.lost_disk_after);
+        let repair =
+            NodeReplacement::new(member.clone(), config.replace_after, config.lost_disk_after);
         tasks.start("repair", |stop| async move { repair.run(&stop).await });
-        let reporter = Reporter::new(member.clone(), joining.directory_id());
+        let reporter = FailureReporter::new(member.clone(), joining.directory_id());
         tasks.start("reporter", |stop| async move { reporter.run(&stop).await });
         let agreement = Agreement::new(member.clone(), config.compare_every);
         tasks.start(
@@ -318,10 +320,10 @@ impl Running {
         &self.scrubs
     }
 
-    pub fn unready(&self) -> Option<Lack> {
+    pub fn unready(&self) -> Option<NotReady> {
         self.findings
             .stalled()
-            .map(Lack::Late)
+            .map(NotReady::Late)
             .or_else(|| self.reconciler.unready())
     }
 
@@ -548,18 +550,18 @@ pub fn finish_retirement(joining: &Joining) -> Result<bool, StartError> {
     if leftovers::is_cleared(&*joining.machine().disk(), joining.directory_path(), &stamp)? {
         return Ok(false);
     }
-    Storage::open(joining, *cluster)?.close();
+    NodeStorage::open(joining, *cluster)?.close();
     Ok(true)
 }
 
 /// The controllers of a node, which run until they are told to stop.
-struct Tasks {
+struct ControllerTasks {
     supervisor: Supervisor,
     stop: CancellationToken,
     running: JoinSet<()>,
 }
 
-impl Tasks {
+impl ControllerTasks {
     fn start<F>(&mut self, part: &'static str, run: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -584,7 +586,7 @@ fn timings(config: &NodeConfig) -> RaftTimings {
     }
 }
 
-impl Storage {
+impl NodeStorage {
     /// Blocking: reads the log back.
     fn open(joining: &Joining, cluster: ClusterId) -> Result<Self, StartError> {
         let config = joining.config();

@@ -41,11 +41,11 @@ const ASK_TIMEOUT: Duration = Duration::from_millis(300);
 const HANDED_OVER_AT_ONCE: usize = 16;
 
 /// Looks for peers in doubt.
-pub struct Scout {
+pub struct ReachabilityProbe {
     member: Arc<Member>,
 }
 
-impl Scout {
+impl ReachabilityProbe {
     pub fn new(member: Arc<Member>) -> Self {
         Self { member }
     }

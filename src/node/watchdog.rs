@@ -131,7 +131,7 @@ impl Watchdog {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let log = self.log.clone();
-        let watched = Arc::new(Watched {
+        let watched = Arc::new(RuntimeActivity {
             tasks: Beat::default(),
             log: Box::new(move || log.activity()),
         });
@@ -343,7 +343,7 @@ impl Watchdog {
 }
 
 /// What the thread that watches whether tasks run looks at.
-struct Watched {
+struct RuntimeActivity {
     /// Counts what one of the tasks does.
     tasks: Beat,
     /// Says what the writer of the log does.
@@ -354,7 +354,7 @@ struct Watched {
 /// time, because a process that is stopped for a while does not hang.
 fn watch_runtime(
     supervisor: &Supervisor,
-    watched: &Arc<Watched>,
+    watched: &Arc<RuntimeActivity>,
     look: Duration,
 ) -> io::Result<()> {
     let (ending, watched) = (supervisor.clone(), Arc::downgrade(watched));
@@ -421,7 +421,7 @@ mod tests {
             .build()
             .expect("a runtime");
         runtime.block_on(async {
-            let watched = Arc::new(Watched {
+            let watched = Arc::new(RuntimeActivity {
                 tasks: Beat::default(),
                 log: Box::new(log),
             });

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 
-use quorate::node::machine::{Machine, Stepped};
+use quorate::node::machine::{Platform, Stepped};
 use quorate::sm::disk_level::DiskRoom;
 use quorate::sm::ports::StoreError;
 use quorate::storage::ReplicaKey;
@@ -166,7 +166,7 @@ pub struct SimMachine {
     pub supervisor: Supervisor,
 }
 
-impl Machine for SimMachine {
+impl Platform for SimMachine {
     fn open_directory(&self, path: &Path) -> Result<DataDirectory, DirectoryError> {
         DataDirectory::open_unlocked(self.disk(), path, self.directory_if_new)
     }

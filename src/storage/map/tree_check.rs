@@ -61,7 +61,7 @@ impl TreeCheck {
     }
 
     /// Reads the next page.
-    fn read_page(&mut self, tree: &dyn Tree, pairs_max: usize) -> Result<Page, StoreError> {
+    fn read_page(&mut self, tree: &dyn Tree, pairs_max: usize) -> Result<CheckedPage, StoreError> {
         let rest = KeyRange {
             start: self.next.clone(),
             end: None,
@@ -74,13 +74,13 @@ impl TreeCheck {
             bytes += pair_bytes(&key, &value);
             self.next = [&key[..], &[0]].concat().into();
             if pairs >= pairs_max || bytes >= PAGE_BYTES {
-                return Ok(Page {
+                return Ok(CheckedPage {
                     bytes,
                     is_last: false,
                 });
             }
         }
-        Ok(Page {
+        Ok(CheckedPage {
             bytes,
             is_last: true,
         })
@@ -88,7 +88,7 @@ impl TreeCheck {
 }
 
 /// What was read at once.
-struct Page {
+struct CheckedPage {
     bytes: u64,
     is_last: bool,
 }
@@ -134,7 +134,10 @@ fn begin(replica: &Arc<ReplicaMapInner>) -> u64 {
 
 /// Reads a page, and compares the whole with the record after the last. None: another tree has
 /// taken the place of this one, or the replica has stopped.
-fn step(replica: &Arc<ReplicaMapInner>, generation: u64) -> Result<Option<Page>, StoreError> {
+fn step(
+    replica: &Arc<ReplicaMapInner>,
+    generation: u64,
+) -> Result<Option<CheckedPage>, StoreError> {
     let mut writer = replica.lock_writer_last();
     if replica.check().is_err() || writer.record.generation != generation {
         return Ok(None);
