@@ -253,17 +253,17 @@ const SPAWNS: &[(&str, usize, &str)] = &[
         "one connection of a client, whose callers see it end",
     ),
     (
-        "node/chores.rs",
+        "node/controllers/group_tasks.rs",
         1,
         "one step of a view change, which is told and taken again",
     ),
     (
-        "node/scrub.rs",
+        "node/controllers/scrub.rs",
         1,
         "one scrub, which inherits its supervisor and is awaited",
     ),
     (
-        "node/openings.rs",
+        "node/controllers/replica_opener.rs",
         1,
         "one replica to be opened or forgotten, which is tried again",
     ),

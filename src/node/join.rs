@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{self, BootstrapStep, OwnFacts, PeerAnswer, WaitReason};
-use super::machine::Platform;
+use super::platform::Platform;
 use crate::client::peer::{
     FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
 };

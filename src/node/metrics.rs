@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use super::controllers::scrub::ScrubCounts;
+use super::controllers::watchdog::Findings;
 use super::failures::FailureCounts;
 use super::group_metrics;
 use super::member::Member;
 use super::move_counters::Moved;
-use super::scrub::ScrubCounts;
-use super::watchdog::Findings;
 use crate::budget::Budget;
 use crate::client::reply;
 use crate::raft::FairBudget;

@@ -12,38 +12,22 @@
 //! done, and why.
 
 pub mod access;
-mod agreement;
-mod balancer;
 pub mod bootstrap;
-mod chores;
-mod compactor;
-mod disk_watch;
+mod controllers;
 mod failure_reports;
 mod failures;
-mod full_disks;
 mod group_metrics;
 mod introduction;
-mod janitor;
 mod join;
 mod leftovers;
-mod levels;
 mod locator;
-pub mod machine;
 mod member;
-mod memberships;
 mod metrics;
-mod migrator;
 mod move_counters;
-mod news;
-mod openings;
 mod operator;
+pub mod platform;
 mod quorum;
-mod reconciler;
-mod repair;
-mod running;
-mod scout;
-mod scrub;
-mod watchdog;
+mod running_node;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -80,13 +64,16 @@ use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 pub use bootstrap::NoStart;
 use bootstrap::WaitReason;
+#[cfg(any(test, feature = "testing"))]
+use controllers::membership::MembershipController;
+use controllers::reconciler::NotReady;
+use controllers::slot_moves as migrator;
 pub use join::JoinError;
 use join::Joining;
-use machine::{Platform, RealPlatform};
 pub use metrics::{Family, FamilyKind};
-use reconciler::NotReady;
-use running::RunningNode;
-pub use running::StartError;
+use platform::{Platform, RealPlatform};
+use running_node::RunningNode;
+pub use running_node::StartError;
 
 /// How soon a client should ask a node again that is not part of a cluster yet.
 const RETRY_AFTER_MS: u64 = 1000;
@@ -224,7 +211,8 @@ impl Node {
     /// Why the node can't go on: it must stop, and says so.
     pub async fn run(&self, shutdown: &CancellationToken) -> Result<(), NodeError> {
         let finishing = Arc::clone(&self.joining);
-        match tokio::task::spawn_blocking(move || running::finish_retirement(&finishing)).await {
+        match tokio::task::spawn_blocking(move || running_node::finish_retirement(&finishing)).await
+        {
             Ok(Ok(true)) => return Err(NodeError::Retired),
             Ok(Ok(false)) => {}
             Ok(Err(error)) => tracing::warn!(
@@ -258,7 +246,7 @@ impl Node {
         {
             Ok(running) => running,
             Err(error) => {
-                let is_condemned = running::are_maps_condemned(self.joining.directory_path());
+                let is_condemned = running_node::are_maps_condemned(self.joining.directory_path());
                 let error = if is_condemned {
                     NodeError::MapsDamaged
                 } else {
@@ -631,14 +619,14 @@ impl Node {
         self.memberships()?.report(view, group).await
     }
 
-    fn memberships(&self) -> Result<memberships::MembershipController, String> {
+    fn memberships(&self) -> Result<MembershipController, String> {
         let member = self
             .running
             .get()
             .ok_or("it belongs to no cluster")?
             .member()
             .clone();
-        Ok(memberships::MembershipController::new(
+        Ok(MembershipController::new(
             member,
             self.joining.machine().clone(),
         ))

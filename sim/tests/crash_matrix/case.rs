@@ -21,7 +21,7 @@ use super::probe;
 use quorate::client::remote::RemoteStore;
 use quorate::client::store::Store;
 use quorate::client::view_change::{ReplicationFactor, Shards, ViewChange};
-use quorate::node::machine::Stepped;
+use quorate::node::platform::Stepped;
 use quorate::sm::cluster::membership;
 use quorate::sm::cluster::view::PlacementSpec;
 use quorate::types::{Address, GroupId, PlanEpoch, ReplicaId, SLOTS};

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 
-use quorate::node::machine::{Platform, Stepped};
+use quorate::node::platform::{Platform, Stepped};
 use quorate::sm::disk_level::DiskRoom;
 use quorate::sm::ports::StoreError;
 use quorate::storage::ReplicaKey;

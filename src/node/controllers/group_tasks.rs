@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
+use crate::node::member::Member;
 use crate::sm::cluster::view::View;
 use crate::supervisor;
 use crate::types::GroupId;

@@ -14,8 +14,8 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
 use crate::client::peer::DiskReport;
+use crate::node::member::Member;
 use crate::raft::Replica;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::Log;
@@ -70,7 +70,7 @@ impl DiskWatch {
     pub async fn run(mut self, shutdown: &CancellationToken) {
         loop {
             self.tick().await;
-            if !super::waited(shutdown, TICK).await {
+            if !crate::node::waited(shutdown, TICK).await {
                 return;
             }
         }

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
+use crate::node::member::Member;
 use crate::raft::ReplicaPosition;
 use crate::sm::stalls::{
     self, DISK_BEHIND_MS, ReplicaStalls, StallVerdict, StepDownCause, StepDowns, Still,
@@ -138,7 +138,7 @@ impl Watchdog {
         if let Err(error) = watch_runtime(&self.supervisor, &watched, RUNTIME_LOOK) {
             tracing::warn!("nothing watches whether tasks run: {error}");
         }
-        while super::waited(shutdown, TICK).await {
+        while crate::node::waited(shutdown, TICK).await {
             watched.tasks.step();
             self.look();
             if let Some(ended) = self.ending.take() {

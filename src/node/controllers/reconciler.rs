@@ -23,11 +23,11 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::access::tell_unreadable;
-use super::join::Joining;
-use super::member::Member;
-use super::openings::{ReplicaOpener, ReplicaTasks};
+use super::replica_opener::{ReplicaOpener, ReplicaTasks};
 use crate::client::peer::Announcement;
+use crate::node::access::tell_unreadable;
+use crate::node::join::Joining;
+use crate::node::member::Member;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{OpenError, ProposeError, Replica};
 use crate::sm::cluster::meta;
@@ -259,7 +259,7 @@ impl Reconciler {
         if failed.is_empty() {
             return;
         }
-        if super::running::are_maps_condemned(self.joining.directory_path()) {
+        if crate::node::running_node::are_maps_condemned(self.joining.directory_path()) {
             self.condemned.cancel();
         }
         if failed.contains_key(&FailureCause::Database) {

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::member::{Member, read_applied_view};
+use crate::node::member::{Member, read_applied_view};
 use crate::raft::Replica;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{NodeSpec, View};
@@ -103,7 +103,7 @@ impl Levels {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let tick = (self.raise_after / 4).clamp(TICK_MIN, TICK_MAX);
-        while super::waited(shutdown, tick).await {
+        while crate::node::waited(shutdown, tick).await {
             let meta = self
                 .member
                 .registry

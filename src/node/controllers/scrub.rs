@@ -19,8 +19,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
 use crate::client::protocol::{ScrubDamage, ScrubStatus};
+use crate::node::member::Member;
 use crate::raft::Replica;
 use crate::sm::scrub::{ScrubKind, first_after_ms, next_after_ms, rest_ms};
 use crate::storage::log::Log;
@@ -389,7 +389,7 @@ impl Pass {
             if runs {
                 return Ok(());
             }
-            if !super::waited(&self.shutdown, REBUILT_PAUSE).await {
+            if !crate::node::waited(&self.shutdown, REBUILT_PAUSE).await {
                 break;
             }
         }
@@ -465,7 +465,7 @@ impl Pass {
             for (key, upto) in &holders {
                 self.let_go_of(*key, *upto).await;
             }
-            if !super::waited(&self.shutdown, LET_GO_PAUSE).await {
+            if !crate::node::waited(&self.shutdown, LET_GO_PAUSE).await {
                 break;
             }
         }

@@ -17,9 +17,9 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::failure_reports::{FailedByNode, failing_nodes, failing_replicas};
-use super::member::Member;
 use crate::client::peer::{Identity, Standing};
+use crate::node::failure_reports::{FailedByNode, failing_nodes, failing_replicas};
+use crate::node::member::Member;
 use crate::raft::Replica;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::repair::{NodePresence, Replacement, next_plan, replace_failed};
@@ -89,7 +89,7 @@ impl NodeReplacement {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while super::waited(shutdown, TICK).await {
+        while crate::node::waited(shutdown, TICK).await {
             let meta = self
                 .member
                 .registry

@@ -15,8 +15,8 @@ use futures::future::join_all;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
 use crate::client::peer::Standing;
+use crate::node::member::Member;
 use crate::sm::cluster::view::View;
 use crate::supervisor;
 use crate::types::{Address, GroupId};

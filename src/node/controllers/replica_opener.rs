@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use tokio::task::{Id, JoinError, JoinSet};
 
-use super::failures::Failures;
-use super::member::Member;
 use super::reconciler::{may_create, replicas_of};
+use crate::node::failures::Failures;
+use crate::node::member::Member;
 use crate::raft::{OpenError, Registry};
 use crate::sm::cluster::view::{self, View};
 use crate::sm::recovery::FailureCause;

@@ -14,8 +14,8 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
 use crate::client::enquiry::takes_connections;
+use crate::node::member::Member;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{Replica, TransferError};
 use crate::sm::reach::should_hand_over;

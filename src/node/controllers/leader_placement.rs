@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
+use crate::node::member::Member;
 use crate::raft::Replica;
 use crate::types::{GroupId, LogId, ReplicaId};
 
@@ -55,7 +55,7 @@ impl LeaderPlacement {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while super::waited(shutdown, TICK).await {
+        while crate::node::waited(shutdown, TICK).await {
             self.tick().await;
         }
     }

@@ -34,7 +34,7 @@ impl MapCompactor {
 
     pub async fn run(self, shutdown: &CancellationToken) {
         let mut pause = TICK;
-        while super::waited(shutdown, pause).await {
+        while crate::node::waited(shutdown, pause).await {
             let began = Instant::now();
             let ticked = self.tick(shutdown.clone()).await;
             pause = TICK.max((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX));

@@ -14,13 +14,13 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::access::{Access, tell_unreadable};
-use super::chores::GroupTasks;
-use super::machine::{Platform, Stepped};
-use super::member::Member;
+use super::group_tasks::GroupTasks;
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
+use crate::node::access::{Access, tell_unreadable};
+use crate::node::member::Member;
+use crate::node::platform::{Platform, Stepped};
 use crate::raft::{ProposeError, Replica};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;

@@ -24,7 +24,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
+use crate::node::member::Member;
 use crate::raft::{RaftStatus, Replica, WitnessReplica};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
@@ -88,7 +88,7 @@ impl LogCompactor {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let mut pause = TICK;
-        while super::waited(shutdown, pause).await {
+        while crate::node::waited(shutdown, pause).await {
             pause = if self.tick().await {
                 TICK_UNDER_PRESSURE
             } else {

@@ -10,10 +10,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::chores::GroupTasks;
-use super::machine::{Platform, Stepped};
-use super::member::Member;
+use super::group_tasks::GroupTasks;
 use crate::client::peer::HostedReplica;
+use crate::node::member::Member;
+use crate::node::platform::{Platform, Stepped};
 use crate::raft::Replica;
 use crate::sm::cluster::membership::{MembershipStep, ObservedMembership, next_step};
 use crate::sm::cluster::meta;
