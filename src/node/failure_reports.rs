@@ -1,30 +1,23 @@
-//! [`FailureReports`]: which nodes say that replicas have failed there, and [`FailureReporter`], which
-//! says so of this one.
+//! [`FailureReports`]: the nodes that have said lately that replicas have failed there.
 //!
-//! A node with failed replicas tells every node that votes in the meta group, again and again:
-//! whoever leads it then, `repair` asks that node what has failed, and believes only its answer. No
-//! other node is asked, so a healthy cluster pays nothing.
+//! A node with failed replicas tells every node that votes in the meta group, again and again
+//! (`controllers::failure_reporter`). On the one that leads it, `controllers::node_replacement` asks
+//! that node what has failed, and believes only its answer. No other node is asked, so a healthy
+//! cluster pays nothing.
 
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
-use super::member::Member;
-use crate::client::peer::{FailedReplica, FailureReport};
+use crate::client::peer::FailedReplica;
 use crate::sm::cluster::repair::Failing;
 use crate::sm::cluster::view::View;
 use crate::types::{Address, DirectoryId, GroupId, NodeId, ReplicaId};
 
-/// Between two reports.
-const REPORT_EVERY: Duration = Duration::from_secs(2);
 /// A report that was not repeated for so long counts no more.
 const REPORT_LASTS: Duration = Duration::from_secs(10);
-const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// When each node has last said that replicas have failed there.
 #[derive(Default)]
@@ -85,49 +78,8 @@ pub fn failing_nodes(told: &FailedByNode) -> BTreeSet<NodeId> {
         .collect()
 }
 
-/// Says that replicas have failed here.
-pub struct FailureReporter {
-    member: Arc<Member>,
-    directory: DirectoryId,
-}
-
-impl FailureReporter {
-    pub fn new(member: Arc<Member>, directory: DirectoryId) -> Self {
-        Self { member, directory }
-    }
-
-    pub async fn run(self, shutdown: &CancellationToken) {
-        while super::waited(shutdown, REPORT_EVERY).await {
-            if !self.member.failures.now().is_empty() {
-                self.report().await;
-            }
-        }
-    }
-
-    async fn report(&self) {
-        let view = self.member.view();
-        self.member.reports.take(&view, self.directory);
-        let report = FailureReport {
-            cluster: self.member.cluster,
-            directory: self.directory,
-        };
-        let voters = meta_voters(&view, self.member.node);
-        let told = voters.iter().map(|address| async {
-            let told = self
-                .member
-                .peers
-                .report_failures(address, &report, REPORT_TIMEOUT)
-                .await;
-            if let Err(error) = told {
-                tracing::debug!("the failures of this node were not reported: {error}");
-            }
-        });
-        join_all(told).await;
-    }
-}
-
 /// Returns where the other nodes are that may lead the meta group.
-fn meta_voters(view: &View, but: NodeId) -> Vec<Address> {
+pub fn meta_voters(view: &View, but: NodeId) -> Vec<Address> {
     let meta = view.groups.get(&GroupId::META);
     let voters = meta.into_iter().flat_map(|meta| {
         let voters = meta.voters();

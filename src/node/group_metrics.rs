@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::member::Member;
-use super::metrics::{Family, FamilyKind, Sample, family, one};
+use super::metric_family::{Family, FamilyKind, Sample, family, one};
 use crate::raft::{GroupMembership, Replica, Role, WitnessReplica};
 use crate::sm::cluster::view::View;
 use crate::types::{GroupId, NodeId};

@@ -15,10 +15,11 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::NodeError;
 use super::bootstrap::{GreetingOutcome, may_start};
+use super::error::NodeError;
 use super::join::{Joined, Joining};
 use super::member::Member;
+use super::pause;
 use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
 use crate::raft::transport::lanes::PeerRefusal;
 use crate::telemetry::rarely;
@@ -306,7 +307,7 @@ impl Greeter {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while super::waited(shutdown, TICK).await {
+        while pause::waited(shutdown, TICK).await {
             self.greet_round().await;
             self.clear_aside().await;
         }

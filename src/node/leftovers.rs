@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::running_node::StartError;
+use super::error::StartError;
 use crate::storage::directory::Stamp;
 use crate::storage::disk::Disk;
 use crate::storage::log::{self, Log, LogOptions, LogWriter, OpenLogError};

@@ -7,6 +7,7 @@ use super::controllers::watchdog::Findings;
 use super::failures::FailureCounts;
 use super::group_metrics;
 use super::member::Member;
+use super::metric_family::{Family, FamilyKind, Sample, family, one};
 use super::move_counters::Moved;
 use crate::budget::Budget;
 use crate::client::reply;
@@ -15,30 +16,6 @@ use crate::sm::recovery::FailureCause;
 use crate::sm::scrub::ScrubKind;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
 use crate::storage::map::{MapMetrics, MapStore};
-
-/// Samples of one name.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Family {
-    pub name: &'static str,
-    pub kind: FamilyKind,
-    pub help: &'static str,
-    pub samples: Vec<Sample>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FamilyKind {
-    Counter,
-    Gauge,
-    Histogram,
-}
-
-/// One value. `suffix` is that of a histogram's part, else empty.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sample {
-    pub suffix: &'static str,
-    pub labels: Vec<(&'static str, String)>,
-    pub value: f64,
-}
 
 /// Everything that the node counts.
 pub fn families(
@@ -110,33 +87,6 @@ fn of_scrubs(scrubs: &ScrubCounts) -> Vec<Family> {
             by_kind(&scrubs.mended),
         ),
     ]
-}
-
-pub(super) fn family(
-    name: &'static str,
-    kind: FamilyKind,
-    help: &'static str,
-    samples: Vec<Sample>,
-) -> Family {
-    Family {
-        name,
-        kind,
-        help,
-        samples,
-    }
-}
-
-pub(super) fn one(name: &'static str, kind: FamilyKind, help: &'static str, value: f64) -> Family {
-    family(
-        name,
-        kind,
-        help,
-        vec![Sample {
-            suffix: "",
-            labels: Vec::new(),
-            value,
-        }],
-    )
 }
 
 const SECONDS_PER_US: f64 = 1e-6;

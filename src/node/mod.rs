@@ -14,17 +14,22 @@
 pub mod access;
 pub mod bootstrap;
 mod controllers;
+mod error;
 mod failure_reports;
 mod failures;
+mod full_disks;
 mod group_metrics;
 mod introduction;
 mod join;
 mod leftovers;
 mod locator;
+mod map_directory;
 mod member;
+mod metric_family;
 mod metrics;
 mod move_counters;
 mod operator;
+mod pause;
 pub mod platform;
 mod quorum;
 mod running_node;
@@ -49,16 +54,13 @@ use crate::client::store::{
     Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, WriteFailure, Written,
 };
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
-use crate::config::{ConfigError, NodeConfig};
+use crate::config::NodeConfig;
 use crate::raft::transport::lanes::DirectoryRejection;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::sm::kv::{Operation, Record};
-use crate::sm::level::TooOld;
 use crate::sm::recovery::restart_pause_ms;
-use crate::storage::directory::DirectoryError;
-use crate::storage::sled_tree::SledError;
-use crate::supervisor::{self, Supervisor};
+use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
@@ -68,12 +70,12 @@ use bootstrap::WaitReason;
 use controllers::membership::MembershipController;
 use controllers::reconciler::NotReady;
 use controllers::slot_moves as migrator;
+pub use error::{NodeError, StartError};
 pub use join::JoinError;
 use join::Joining;
-pub use metrics::{Family, FamilyKind};
+pub use metric_family::{Family, FamilyKind};
 use platform::{Platform, RealPlatform};
 use running_node::RunningNode;
-pub use running_node::StartError;
 
 /// How soon a client should ask a node again that is not part of a cluster yet.
 const RETRY_AFTER_MS: u64 = 1000;
@@ -91,79 +93,6 @@ pub struct Node {
     is_stopping: AtomicBool,
     /// What the answers under way are charged to.
     answers: Arc<Budget>,
-}
-
-/// Why a node does not start, or stopped by itself.
-#[derive(Debug, thiserror::Error)]
-pub enum NodeError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error(transparent)]
-    Directory(#[from] DirectoryError),
-    #[error("the HTTP client for peers can't be set up: {0}")]
-    Client(#[source] crate::client::peer::SetUpError),
-    #[error(transparent)]
-    Join(#[from] JoinError),
-    #[error(transparent)]
-    Start(#[from] StartError),
-    #[error(transparent)]
-    NoStart(#[from] NoStart),
-    /// The process must be started again: the directory is that of a lost disk by then, and the
-    /// node waits as a spare.
-    #[error(
-        "this data directory is an old copy: {reason}, so it lacks what its node has said since. \
-         It counts as a lost disk: its replicas are put aside, and rebuilt from the others once \
-         the cluster has noticed"
-    )]
-    Outdated { reason: String },
-    /// Which of the two is right is for people to say.
-    #[error(
-        "another process runs with a copy of this data directory: {by} is in contact with it. Stop \
-         that one first, or give this node an empty directory; it then joins as a new node"
-    )]
-    Doubled { by: String },
-    /// Every group of the node has stopped: nothing is acknowledged any more.
-    #[error(
-        "the log has failed, so this node stops: {0}; what it acknowledged is kept. Free or mend \
-        the disk, then start it again"
-    )]
-    LogFailed(String),
-    /// The level of the cluster was raised past what this program knows.
-    #[error(transparent)]
-    TooOld(#[from] TooOld),
-    /// The process must be started again: the damaged database is out of the way by then.
-    #[error("the map database is damaged; it is set aside and rebuilt by a start of the process")]
-    MapsDamaged,
-    /// The process must be started again: it can write to the maps then.
-    #[error("a replica has failed, and this process cannot write to the maps any more: {0}")]
-    MapsFailed(String),
-    /// The process must be started again: it waits as a spare then.
-    #[error("this node is not in the view any more: it becomes a spare")]
-    Retired,
-}
-
-impl NodeError {
-    /// Returns whether a start of the process may well meet the same again.
-    fn may_come_back(&self) -> bool {
-        matches!(
-            self,
-            NodeError::MapsDamaged
-                | NodeError::MapsFailed(_)
-                | NodeError::Start(StartError::Maps(SledError::Hangs { .. }))
-        )
-    }
-
-    /// Whether starting the process again, and nothing else, mends it.
-    pub fn wants_restart(&self) -> bool {
-        matches!(
-            self,
-            NodeError::MapsDamaged
-                | NodeError::MapsFailed(_)
-                | NodeError::Retired
-                | NodeError::Outdated { .. }
-                | NodeError::Start(StartError::Maps(SledError::Hangs { .. }))
-        )
-    }
 }
 
 /// Why a node should not be given requests.
@@ -246,7 +175,7 @@ impl Node {
         {
             Ok(running) => running,
             Err(error) => {
-                let is_condemned = running_node::are_maps_condemned(self.joining.directory_path());
+                let is_condemned = map_directory::are_maps_condemned(self.joining.directory_path());
                 let error = if is_condemned {
                     NodeError::MapsDamaged
                 } else {
@@ -332,7 +261,7 @@ impl Node {
                 start is in {pause:?}"
             );
         }
-        waited(shutdown, pause).await
+        pause::waited(shutdown, pause).await
     }
 
     /// Marks the directory as an old copy, durably. Returns why the node stops.
@@ -630,16 +559,6 @@ impl Node {
             member,
             self.joining.machine().clone(),
         ))
-    }
-}
-
-/// Waits for `pause`. False: `shutdown` came first.
-async fn waited(shutdown: &CancellationToken, pause: Duration) -> bool {
-    supervisor::beat();
-    tokio::select! {
-        biased;
-        () = shutdown.cancelled() => false,
-        () = tokio::time::sleep(pause) => true,
     }
 }
 

@@ -5,7 +5,6 @@
 //! was a member: a replica whose log was lost has forgotten its votes. The meta replica is marked
 //! in the log before the stamp calls the node a member.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::access::Access;
 use super::controllers::agreement::Agreement;
 use super::controllers::disk_watch::DiskWatch;
+use super::controllers::failure_reporter::FailureReporter;
 use super::controllers::leader_placement::LeaderPlacement;
 use super::controllers::levels::{Levels, outgrown};
 use super::controllers::log_compactor::LogCompactor;
@@ -30,19 +30,20 @@ use super::controllers::scrub::{Scrubber, Scrubs};
 use super::controllers::slot_moves::SlotMoveController;
 use super::controllers::view_refresh::StaleViewRefresh;
 use super::controllers::watchdog::{Findings, Watchdog};
-use super::failure_reports::FailureReporter;
+use super::error::StartError;
 use super::introduction::Greeter;
 use super::join::{Joined, Joining};
 use super::leftovers;
+use super::map_directory::{MAPS_DIR, are_maps_condemned};
 use super::member::{Member, Views, read_view_now};
-use super::metrics::{self, Family};
+use super::metric_family::Family;
+use super::metrics;
 use crate::budget::Budget;
 use crate::client::call::ShardCaller;
 use crate::client::peer::{Announcement, PeerCaller};
 use crate::client::router::Router;
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
-use crate::raft::OpenError;
 use crate::raft::Replica;
 use crate::raft::transport::NodeIdentity;
 use crate::raft::transport::lanes::http::HttpDial;
@@ -52,12 +53,11 @@ use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::sm::level::TooOld;
 use crate::sm::log_space::segment_bytes;
-use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::directory::{DirectoryError, Stamp};
-use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
+use crate::storage::log::{Expect, Log, LogOptions};
 use crate::storage::map::{MapOptions, MapStore};
-use crate::storage::sled_tree::{SledError, SledOptions, is_condemned};
+use crate::storage::sled_tree::SledOptions;
 use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId};
@@ -75,32 +75,6 @@ const RETRY_AFTER_MS: u64 = 500;
 const RESTART_ROOM_BYTES: u64 = 16 << 20;
 /// Between two looks at whether there is room.
 const ROOM_AGAIN_AFTER: Duration = Duration::from_secs(1);
-
-/// The map database, in the data directory.
-const MAPS_DIR: &str = "state";
-
-/// Why a node that knows where it belongs does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    #[error(transparent)]
-    Log(#[from] OpenLogError),
-    #[error(transparent)]
-    Maps(#[from] SledError),
-    #[error("the maps cannot be opened: {0}")]
-    State(#[from] StoreError),
-    #[error(transparent)]
-    Directory(#[from] DirectoryError),
-    #[error("the view names no replica of the meta group for this node: its stamp is damaged")]
-    NoMetaReplica,
-    #[error("the replica of the meta group cannot be opened: {0}")]
-    Meta(#[source] OpenError),
-    #[error("the HTTP client can't be set up: {0}")]
-    Client(String),
-    #[error("a thread can't be started: {0}")]
-    Thread(#[source] std::io::Error),
-    #[error("opening the data directory was broken off: {0}")]
-    BrokenOff(String),
-}
 
 /// A node of a cluster, with its groups.
 pub struct RunningNode {
@@ -569,11 +543,6 @@ impl ControllerTasks {
         self.supervisor
             .start(&mut self.running, part, run(self.stop.clone()));
     }
-}
-
-/// Whether the next start will set the map database aside, and rebuild every map.
-pub fn are_maps_condemned(data_dir: &Path) -> bool {
-    is_condemned(&data_dir.join(MAPS_DIR))
 }
 
 fn timings(config: &NodeConfig) -> RaftTimings {

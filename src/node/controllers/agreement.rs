@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::{HostedReplica, NotedDigest};
 use crate::node::member::Member;
+use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::agreement::{AgreementVerdict, is_majority_of_one_mind, judge};
 use crate::sm::cluster::view::NodeSpec;
@@ -78,7 +79,7 @@ impl Agreement {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let tick = (self.every / SOON).clamp(TICK_MIN, TICK_MAX);
-        while crate::node::waited(shutdown, tick).await {
+        while pause::waited(shutdown, tick).await {
             if self.member.allows(Feature::CompareDigests) {
                 self.look().await;
             }

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::DiskReport;
 use crate::node::member::Member;
+use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::Log;
@@ -70,7 +71,7 @@ impl DiskWatch {
     pub async fn run(mut self, shutdown: &CancellationToken) {
         loop {
             self.tick().await;
-            if !crate::node::waited(shutdown, TICK).await {
+            if !pause::waited(shutdown, TICK).await {
                 return;
             }
         }

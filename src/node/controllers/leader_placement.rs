@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::node::member::Member;
+use crate::node::pause;
 use crate::raft::Replica;
 use crate::types::{GroupId, LogId, ReplicaId};
 
@@ -55,7 +56,7 @@ impl LeaderPlacement {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while crate::node::waited(shutdown, TICK).await {
+        while pause::waited(shutdown, TICK).await {
             self.tick().await;
         }
     }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::node::member::{Member, read_applied_view};
+use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{NodeSpec, View};
@@ -103,7 +104,7 @@ impl Levels {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let tick = (self.raise_after / 4).clamp(TICK_MIN, TICK_MAX);
-        while crate::node::waited(shutdown, tick).await {
+        while pause::waited(shutdown, tick).await {
             let meta = self
                 .member
                 .registry

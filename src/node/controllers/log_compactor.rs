@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::node::member::Member;
+use crate::node::pause;
 use crate::raft::{RaftStatus, Replica, WitnessReplica};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
@@ -88,7 +89,7 @@ impl LogCompactor {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let mut pause = TICK;
-        while crate::node::waited(shutdown, pause).await {
+        while pause::waited(shutdown, pause).await {
             pause = if self.tick().await {
                 TICK_UNDER_PRESSURE
             } else {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::node::pause;
 use crate::sm::ports::StoreError;
 use crate::storage::background;
 use crate::storage::log::Log;
@@ -34,7 +35,7 @@ impl MapCompactor {
 
     pub async fn run(self, shutdown: &CancellationToken) {
         let mut pause = TICK;
-        while crate::node::waited(shutdown, pause).await {
+        while pause::waited(shutdown, pause).await {
             let began = Instant::now();
             let ticked = self.tick(shutdown.clone()).await;
             pause = TICK.max((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX));

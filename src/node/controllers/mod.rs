@@ -5,6 +5,7 @@
 
 pub mod agreement;
 pub mod disk_watch;
+pub mod failure_reporter;
 pub mod group_tasks;
 pub mod leader_placement;
 pub mod levels;
@@ -18,4 +19,5 @@ pub mod replica_opener;
 pub mod scrub;
 pub mod slot_moves;
 pub mod view_refresh;
+pub mod view_replicas;
 pub mod watchdog;

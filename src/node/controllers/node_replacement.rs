@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::client::peer::{Identity, Standing};
 use crate::node::failure_reports::{FailedByNode, failing_nodes, failing_replicas};
 use crate::node::member::Member;
+use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::repair::{NodePresence, Replacement, next_plan, replace_failed};
@@ -89,7 +90,7 @@ impl NodeReplacement {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while crate::node::waited(shutdown, TICK).await {
+        while pause::waited(shutdown, TICK).await {
             let meta = self
                 .member
                 .registry

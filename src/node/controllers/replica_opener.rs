@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::task::{Id, JoinError, JoinSet};
 
-use super::reconciler::{may_create, replicas_of};
+use super::view_replicas::{may_create, replicas_of};
 use crate::node::failures::Failures;
 use crate::node::member::Member;
 use crate::raft::{OpenError, Registry};

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::protocol::{ScrubDamage, ScrubStatus};
 use crate::node::member::Member;
+use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::scrub::{ScrubKind, first_after_ms, next_after_ms, rest_ms};
 use crate::storage::log::Log;
@@ -389,7 +390,7 @@ impl Pass {
             if runs {
                 return Ok(());
             }
-            if !crate::node::waited(&self.shutdown, REBUILT_PAUSE).await {
+            if !pause::waited(&self.shutdown, REBUILT_PAUSE).await {
                 break;
             }
         }
@@ -465,7 +466,7 @@ impl Pass {
             for (key, upto) in &holders {
                 self.let_go_of(*key, *upto).await;
             }
-            if !crate::node::waited(&self.shutdown, LET_GO_PAUSE).await {
+            if !pause::waited(&self.shutdown, LET_GO_PAUSE).await {
                 break;
             }
         }

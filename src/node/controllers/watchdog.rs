@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::node::member::Member;
+use crate::node::pause;
 use crate::raft::ReplicaPosition;
 use crate::sm::stalls::{
     self, DISK_BEHIND_MS, ReplicaStalls, StallVerdict, StepDownCause, StepDowns, Still,
@@ -138,7 +139,7 @@ impl Watchdog {
         if let Err(error) = watch_runtime(&self.supervisor, &watched, RUNTIME_LOOK) {
             tracing::warn!("nothing watches whether tasks run: {error}");
         }
-        while crate::node::waited(shutdown, TICK).await {
+        while pause::waited(shutdown, TICK).await {
             watched.tasks.step();
             self.look();
             if let Some(ended) = self.ending.take() {
