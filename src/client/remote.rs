@@ -93,7 +93,7 @@ struct Transfer {
 }
 
 #[derive(Deserialize)]
-struct TransferReply {
+struct TransferAnswer {
     leader: Address,
 }
 
@@ -384,7 +384,7 @@ impl HttpAccess {
         if !response.status().is_success() {
             return Err((Speaker::Server, failure_of(response).await));
         }
-        let transferred: Result<TransferReply, _> =
+        let transferred: Result<TransferAnswer, _> =
             reply::read_json(response, SMALL_BYTES_MAX).await;
         match transferred {
             Ok(transferred) => Ok(transferred.leader),

@@ -14,8 +14,9 @@ use tokio::time::Instant;
 
 use super::locator::Locator;
 use super::member::{Member, PeerPlace};
-use super::migrator;
+use super::move_destination;
 use super::operator::Operator;
+use super::unreadable::tell_unreadable;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 use crate::client::call::{CallError, time_to_answer_ms};
 use crate::client::contact::Contacts;
@@ -34,7 +35,6 @@ use crate::sm::cluster::view::SlotMove;
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
 use crate::storage::map::{MapRead, ReadKind};
-use crate::telemetry::rarely;
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
 /// Keys of a long list that are read under one guard: entries can't be applied meanwhile.
@@ -169,10 +169,10 @@ impl Access {
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
-            ShardBody::Move(command) if migrator::is_step(&command) => {
-                migrator::wait_ample_room(group, &command).await;
+            ShardBody::Move(command) if move_destination::is_step(&command) => {
+                move_destination::wait_ample_room(group, &command).await;
                 match group
-                    .propose_command(migrator::timed(command, group), deadline)
+                    .propose_command(move_destination::timed(command, group), deadline)
                     .await
                 {
                     Ok(kv::KvOutcome::Moved(outcome)) => ShardReply::Moved(outcome),
@@ -189,7 +189,7 @@ impl Access {
                 .before_read(group, Consistency::Linearizable, deadline)
                 .await
             {
-                Ok(_) => match migrator::destination_state(group, id, slots).await {
+                Ok(_) => match move_destination::destination_state(group, id, slots).await {
                     Ok(state) => ShardReply::MoveState(state),
                     Err(error) => ShardReply::Failed(broken(group, &error)),
                 },
@@ -1140,15 +1140,6 @@ fn broken(group: &Replica, error: &StoreError) -> Failure {
         "the map of {} cannot be read: {error}",
         group.key()
     ))
-}
-
-/// Somebody should look at it, unless the replica has just been retired.
-pub fn tell_unreadable(group: &Replica, error: &StoreError) {
-    if group.state().is_wiped() {
-        tracing::debug!("the map of {} is gone: {error}", group.key());
-    } else {
-        rarely!(error, "the map of {} cannot be read: {error}", group.key());
-    }
 }
 
 fn unavailable(reason: String) -> Failure {

@@ -1,9 +1,9 @@
 //! [`FailureReports`]: the nodes that have said lately that replicas have failed there.
 //!
 //! A node with failed replicas tells every node that votes in the meta group, again and again
-//! (`controllers::failure_reporter`). On the one that leads it, `controllers::node_replacement` asks
-//! that node what has failed, and believes only its answer. No other node is asked, so a healthy
-//! cluster pays nothing.
+//! (`controllers::failure_reporter`). On the one that leads it, `controllers::node_replacement`
+//! asks that node what has failed, and believes only its answer. No other node is asked, so a
+//! healthy cluster pays nothing.
 
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,5 @@
-//! [`Family`]: the samples of one metric, as they are counted; how they look on a page is the business
-//! of `http`.
+//! [`Family`]: the samples of one metric, as they are counted; how they look on a page is the
+//! business of `http`.
 
 /// Samples of one name.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,12 +1,12 @@
 //! What runs: how a node comes to belong to a cluster, makes its groups match the view, and answers
 //! for the shards that it leads.
 //!
-//! [`Node::open`] locks the data directory, so that the node can say who it is; [`Node::run`] then
-//! joins (`join`, decided by `bootstrap`), opens log, maps and replicas, and keeps what runs equal
-//! to the view (`reconciler`), until it is told to stop. The other rooms: `news` asks around when
-//! the meta group is silent, `member` is what the rest shares, `machine` what a node stands on,
-//! `access` reaches shards, `balancer` brings leaders home, `scout` finds peers that can't be
-//! connected to, `janitor` has snapshots written.
+//! [`Node::open`] locks the data directory, so that the node can say who it is. [`Node::run`] then
+//! joins (`join`, decided by `bootstrap`), opens log, maps and replicas (`running_node`), and
+//! starts the controllers (`controllers`), which make what runs match the view until the node is
+//! told to stop. `member` is what they share; `access` answers for local shards and asks other
+//! nodes for the rest; `operator` carries out changes of the view; `platform` is the seam to disk
+//! and database.
 //!
 //! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was
 //! done, and why.
@@ -28,11 +28,13 @@ mod member;
 mod metric_family;
 mod metrics;
 mod move_counters;
+mod move_destination;
 mod operator;
 mod pause;
 pub mod platform;
 mod quorum;
 mod running_node;
+mod unreadable;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -68,8 +70,7 @@ pub use bootstrap::NoStart;
 use bootstrap::WaitReason;
 #[cfg(any(test, feature = "testing"))]
 use controllers::membership::MembershipController;
-use controllers::reconciler::NotReady;
-use controllers::slot_moves as migrator;
+use controllers::reconciler::ReadinessGap;
 pub use error::{NodeError, StartError};
 pub use join::JoinError;
 use join::Joining;
@@ -315,8 +316,8 @@ impl Node {
             None => unready(self.waiting_code(), self.waiting_reason()),
             Some(running) => match running.unready() {
                 None => Ok(()),
-                Some(NotReady::Failed(reason)) => unready("replica-failed", reason),
-                Some(NotReady::Late(reason)) => unready("catching-up", reason),
+                Some(ReadinessGap::Failed(reason)) => unready("replica-failed", reason),
+                Some(ReadinessGap::Late(reason)) => unready("catching-up", reason),
             },
         }
     }

@@ -1,5 +1,6 @@
-//! [`Platform`]: what a node stands on. The real one is [`RealPlatform`]; a simulated one lets a test
-//! end a node at any step of a view change, and start it again from what its disk had kept by then.
+//! [`Platform`]: what a node stands on. The real one is [`RealPlatform`]; a simulated one lets a
+//! test end a node at any step of a view change, and start it again from what its disk had kept by
+//! then.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! [`RunningNode`]: everything of a node that belongs to a cluster, brought up in order and closed in
-//! the reverse one.
+//! [`RunningNode`]: everything of a node that belongs to a cluster, brought up in order and closed
+//! in the reverse one.
 //!
 //! The order matters. The log opens first, and must not be new where the stamp says that this node
 //! was a member: a replica whose log was lost has forgotten its votes. The meta replica is marked
@@ -25,7 +25,7 @@ use super::controllers::map_compactor::MapCompactor;
 use super::controllers::membership::MembershipController;
 use super::controllers::node_replacement::NodeReplacement;
 use super::controllers::reachability_probe::ReachabilityProbe;
-use super::controllers::reconciler::{NotReady, Reconciler};
+use super::controllers::reconciler::{ReadinessGap, Reconciler};
 use super::controllers::scrub::{Scrubber, Scrubs};
 use super::controllers::slot_moves::SlotMoveController;
 use super::controllers::view_refresh::StaleViewRefresh;
@@ -294,10 +294,10 @@ impl RunningNode {
         &self.scrubs
     }
 
-    pub fn unready(&self) -> Option<NotReady> {
+    pub fn unready(&self) -> Option<ReadinessGap> {
         self.findings
             .stalled()
-            .map(NotReady::Late)
+            .map(ReadinessGap::Late)
             .or_else(|| self.reconciler.unready())
     }
 

@@ -1,5 +1,5 @@
-//! [`FailureReporter`]: tells every node that votes in the meta group that replicas have failed here,
-//! again and again, so that whoever leads it asks this node.
+//! [`FailureReporter`]: tells every node that votes in the meta group that replicas have failed
+//! here, again and again, so that whoever leads it asks this node.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! [`GroupTasks`]: what a node does for the groups that it leads, one task at a time for each group.
+//! [`GroupTasks`]: what a node does for the groups that it leads, one task at a time for each
+//! group.
 
 use std::collections::HashMap;
 use std::sync::Arc;

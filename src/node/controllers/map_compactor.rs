@@ -1,5 +1,5 @@
-//! [`MapCompactor`]: has the maps give back the space of what was overwritten and deleted, where there
-//! is much of it.
+//! [`MapCompactor`]: has the maps give back the space of what was overwritten and deleted, where
+//! there is much of it.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -26,10 +26,10 @@ use tokio_util::sync::CancellationToken;
 use super::replica_opener::{ReplicaOpener, ReplicaTasks};
 use super::view_replicas::{is_retired, replicas_of};
 use crate::client::peer::Announcement;
-use crate::node::access::tell_unreadable;
 use crate::node::join::Joining;
 use crate::node::map_directory::are_maps_condemned;
 use crate::node::member::Member;
+use crate::node::unreadable::tell_unreadable;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{OpenError, ProposeError, Replica};
 use crate::sm::cluster::meta;
@@ -115,7 +115,7 @@ struct PendingTasks {
 
 /// Why this node should not be given requests yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NotReady {
+pub enum ReadinessGap {
     /// A replica of it does not run.
     Failed(String),
     /// Something is on its way.
@@ -180,7 +180,7 @@ impl Reconciler {
     }
 
     /// Why this node should not be given requests yet; none: it is ready.
-    pub fn unready(&self) -> Option<NotReady> {
+    pub fn unready(&self) -> Option<ReadinessGap> {
         let view = self.member.view();
         let done = self.done.lock();
         let failed = self
@@ -190,7 +190,7 @@ impl Reconciler {
             .into_iter()
             .max_by_key(|failure| failure.for_time);
         if let Some(failure) = failed {
-            return Some(NotReady::Failed(format!(
+            return Some(ReadinessGap::Failed(format!(
                 "replica {} has failed {:.0?} ago: {}; it is tried again in {:.0?}",
                 failure.key, failure.for_time, failure.reason, failure.retry_in
             )));
@@ -209,7 +209,7 @@ impl Reconciler {
                     unclaimed.then(|| format!("shard {:#} does not own its slots yet", key.group))
                 })
         });
-        lack.map(NotReady::Late)
+        lack.map(ReadinessGap::Late)
     }
 
     /// Why what is asked for a group can't be passed to its leader, though that is heard of.
@@ -252,7 +252,7 @@ impl Reconciler {
             }
         }
         // A replica that has failed is not tried again sooner by looking more often.
-        idle && !matches!(self.unready(), Some(NotReady::Late(_)))
+        idle && !matches!(self.unready(), Some(ReadinessGap::Late(_)))
     }
 
     /// Sees whether only another process can mend what has failed.

@@ -1,5 +1,6 @@
-//! [`ReplicaOpener`]: opens the replicas that the view gives this node; one that could not be opened, or
-//! has stopped, again after a pause. `failures` knows which those are, and how long each rests.
+//! [`ReplicaOpener`]: opens the replicas that the view gives this node; one that could not be
+//! opened, or has stopped, again after a pause. `failures` knows which those are, and how long each
+//! rests.
 //!
 //! What has failed before is opened beside everything else, since it may read a whole map each
 //! time.

@@ -18,9 +18,11 @@ use super::group_tasks::GroupTasks;
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
-use crate::node::access::{Access, tell_unreadable};
+use crate::node::access::Access;
 use crate::node::member::Member;
+use crate::node::move_destination::wait_ample_room;
 use crate::node::platform::{Platform, Stepped};
+use crate::node::unreadable::tell_unreadable;
 use crate::raft::{ProposeError, Replica};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
@@ -32,7 +34,7 @@ use crate::sm::moves::{CLEAR_KEYS_MAX, Move, MoveLimits, MoveSide, MoveStep, nex
 use crate::sm::ports::StoreError;
 use crate::sm::slots::SlotState;
 use crate::storage::map::{MapRead, ReadKind};
-use crate::types::{GroupId, MapVersion, MoveId, Slot};
+use crate::types::{GroupId, MapVersion, Slot};
 
 /// Between two looks for something to move.
 const TICK: Duration = Duration::from_millis(100);
@@ -53,8 +55,6 @@ const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
 const STEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Between two looks while there is something to wait for.
 const WAIT: Duration = Duration::from_millis(25);
-/// How long a chunk waits for the disk to have caught up with those before it.
-const AMPLE_ROOM_TIMEOUT: Duration = Duration::from_millis(500);
 /// A driver rests after a chunk for as long as that took, so that a machine that is busy already
 /// has at least half of its time for others; but no longer than this. Not once only changes are
 /// left: they come in meanwhile.
@@ -672,56 +672,6 @@ async fn next_slots(
     Ok(chosen)
 }
 
-/// Whether a command is a step of a move: what a shard takes from the driver of one.
-pub fn is_step(command: &KvCommand) -> bool {
-    match command {
-        KvCommand::Move { .. } | KvCommand::Install { .. } => true,
-        KvCommand::Write { .. }
-        | KvCommand::BoundedWrite { .. }
-        | KvCommand::Claim { .. }
-        | KvCommand::Compare
-        | KvCommand::SetReadOnly { .. } => false,
-    }
-}
-
-/// Before a command that changes many keys at once, and that no client waits for.
-pub async fn wait_ample_room(group: &Replica, command: &KvCommand) {
-    let can_wait = match command {
-        KvCommand::Install { install, .. } => install.is_one_of_many(),
-        KvCommand::Move { step, .. } => matches!(step, MoveCommand::Clear { .. }),
-        KvCommand::Write { .. }
-        | KvCommand::BoundedWrite { .. }
-        | KvCommand::Claim { .. }
-        | KvCommand::Compare
-        | KvCommand::SetReadOnly { .. } => false,
-    };
-    if can_wait {
-        // Not for ever: whoever sent it looks again what there is to do.
-        let _ = tokio::time::timeout(AMPLE_ROOM_TIMEOUT, group.state().wait_ample_room()).await;
-    }
-}
-
-/// What the leader of a destination proposes: a chunk carries its group time.
-pub fn timed(command: KvCommand, group: &Replica) -> KvCommand {
-    match command {
-        KvCommand::Install { install, .. } => KvCommand::Install {
-            time_ms: group.time_ms(),
-            install,
-        },
-        other => other,
-    }
-}
-
-/// What the map of a destination says of a move.
-pub async fn destination_state(
-    group: &Replica,
-    id: MoveId,
-    slots: BTreeSet<Slot>,
-) -> Result<DestinationState, StoreError> {
-    let look = move |read: &MapRead<'_>| moves::destination_state(read, id, &slots);
-    group.state().read_in(ReadKind::Page, look).await
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -732,8 +682,8 @@ mod tests {
             limit: "the proposals of this node".to_owned(),
         };
         assert!(
-            matches!(StepError::from(full), StepError::Later(reason) if reason.contains("the proposals of \
-                this node"))
+            matches!(StepError::from(full), StepError::Later(reason) if reason.contains("the \
+                proposals of this node"))
         );
         assert!(matches!(
             StepError::from(ProposeError::NotLeader { leader: None }),

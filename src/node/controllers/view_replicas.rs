@@ -23,8 +23,8 @@ pub fn is_retired(view: &View, key: ReplicaKey) -> bool {
 }
 
 /// Returns true if a replica that this node's log does not hold may be created with nothing in it:
-/// only while its group has never counted it as a member. The creation record counts its voters from the
-/// first moment, and is what they are made from.
+/// only while its group has never counted it as a member. The creation record counts its voters
+/// from the first moment, and is what they are made from.
 pub fn may_create(group: &view::GroupSpec, replica: ReplicaId) -> bool {
     let was_counted = group
         .reported
