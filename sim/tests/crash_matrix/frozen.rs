@@ -14,7 +14,7 @@ use super::machine::End;
 use quorate::client::remote::RemoteStore;
 use quorate::client::store::{Options, Store};
 use quorate::client::view_change::ViewChange;
-use quorate::node::machine::Stepped;
+use quorate::node::platform::Stepped;
 use quorate::sm::kv::{Action, Condition, Media, Operation};
 use quorate::sm::moves::{Move, MoveStep};
 use quorate::sm::slots::slot_of;
