@@ -117,7 +117,8 @@ impl Share {
     /// An empty share leaves the counter alone, which others write to.
     fn give_back(&self, bytes: usize) {
         if bytes > 0 {
-            self.budget.used.fetch_sub(bytes, Ordering::Relaxed);
+            let used = self.budget.used.fetch_sub(bytes, Ordering::Relaxed);
+            debug_assert!(used >= bytes, "more is given back than was taken");
         }
     }
 

@@ -9,7 +9,7 @@ use postcard::de_flavors::Flavor;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::level;
+use super::level::{LEVEL, TooOld};
 use super::ports::StoreError;
 
 /// The format of every encoding in the core that has had no other yet.
@@ -69,12 +69,24 @@ pub fn split_leveled<'a>(
         return Ok(None);
     };
     let (uses, rest): (u16, _) = take_body(body, what)?;
-    level::ensure_known(what, uses)?;
+    ensure_known(what, uses)?;
     if format > LEVELED {
         let reason = format!("format {format} is unknown to this version");
         return Err(StoreError::Undecodable { what, reason });
     }
     Ok(Some((uses, rest)))
+}
+
+/// Returns an error if what says that it is of level `uses` may not be readable here.
+fn ensure_known(what: &'static str, uses: u16) -> Result<(), StoreError> {
+    if uses <= LEVEL {
+        Ok(())
+    } else {
+        Err(StoreError::TooOld {
+            what,
+            too_old: TooOld::new(uses, LEVEL),
+        })
+    }
 }
 
 /// The format of an encoding, and what it is without its format byte: for a type whose newest

@@ -14,8 +14,6 @@
 //!    way for a lower level, also in `apply`: what is in a log is applied as it was meant.
 //! 4. Add the variant to the golden table of its `apply`.
 
-use super::ports::StoreError;
-
 /// The level that this program knows: it reads and applies all that leaders propose up to here.
 pub const LEVEL: u16 = 2;
 
@@ -52,18 +50,6 @@ impl Feature {
             Feature::BoundedAnswers => "bound on what gets return",
             Feature::ReadOnlyEntries => "record that a shard is read-only",
         }
-    }
-}
-
-/// Returns an error if what says that it is of level `uses` may not be readable here.
-pub(super) fn ensure_known(what: &'static str, uses: u16) -> Result<(), StoreError> {
-    if uses <= LEVEL {
-        Ok(())
-    } else {
-        Err(StoreError::TooOld {
-            what,
-            too_old: TooOld::new(uses, LEVEL),
-        })
     }
 }
 

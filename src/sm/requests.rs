@@ -309,7 +309,12 @@ impl RequestMemory {
         key: &[u8],
         record: Bytes,
     ) -> Result<(), StoreError> {
-        self.store(entry, slot, key, self.now_ms(), record)
+        self.store(entry, slot, key, self.now_ms(), record)?;
+        assert!(
+            entry.state(slot)?.requests.bytes <= REQUESTS_BYTES_MAX,
+            "room was made for the record of a request"
+        );
+        Ok(())
     }
 
     fn store<R: Read>(
@@ -320,6 +325,10 @@ impl RequestMemory {
         time_ms: u64,
         record: Bytes,
     ) -> Result<(), StoreError> {
+        debug_assert!(
+            entry.start_of(&request_key(slot, key), 0)?.is_none(),
+            "a request is remembered once"
+        );
         let cost = cost(key, record.len());
         let used = &mut entry.state_mut(slot)?.requests;
         used.since_ms = if used.bytes == 0 {

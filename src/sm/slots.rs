@@ -156,6 +156,24 @@ impl SlotState {
         }
     }
 
+    /// Asserts what holds of every state that an entry has written.
+    ///
+    /// Not for a state that was only read: a damaged disk may hold anything.
+    pub fn check_invariants(&self, slot: Slot) {
+        assert!(
+            self.moved_to.is_none_or(|(by, _)| by <= self.generation),
+            "slot {slot} was moved by a later move than it ever saw"
+        );
+        assert!(
+            self.contents.keys > 0 || self.contents.bytes == 0,
+            "slot {slot} counts bytes and no keys"
+        );
+        assert!(
+            self.contents.bytes >= self.contents.keys,
+            "slot {slot} counts more keys than bytes"
+        );
+    }
+
     pub fn encode(&self) -> Bytes {
         codec::encode(self)
     }

@@ -68,6 +68,11 @@ impl Starts {
             next.ids.remove(0);
             next.first += 1;
         }
+        assert!(
+            next.ids.len() <= STARTS_MAX,
+            "one start is forgotten for each new one"
+        );
+        assert_eq!(next.running().number, self.running().number + 1);
         next
     }
 

@@ -97,7 +97,7 @@ impl Meta {
         }
     }
 
-    /// Opens moves of up to so many slots that are astray, and not on the move.
+    /// Opens moves of up to so many misplaced slots that are not on the move.
     pub fn open_moves(&mut self, count: usize) -> Vec<MoveId> {
         let view = self.view();
         let moving: BTreeSet<Slot> = view
@@ -122,7 +122,7 @@ impl Meta {
         runs.into_iter().map(open).collect()
     }
 
-    /// Moves up to so many slots that are astray to where they should be.
+    /// Moves up to so many misplaced slots to where they should be.
     pub fn move_slots(&mut self, count: usize) {
         for id in self.open_moves(count) {
             assert_eq!(self.run(MetaCommand::CommitMove { id }), MetaOutcome::Done);

@@ -126,6 +126,7 @@ pub fn apply(
     command: MetaCommand,
 ) -> Result<(MetaOutcome, WriteBatch), StoreError> {
     let view = read_view(read)?;
+    let version = view.as_ref().map(|view| view.version);
     let decided = match command {
         MetaCommand::Found { view: first } => found(view, *first).map(Some),
         MetaCommand::Announce {
@@ -146,7 +147,7 @@ pub fn apply(
         MetaCommand::OpenMove { slots, from, to } => {
             let opened = open_move(view, SlotMove { slots, from, to });
             return Ok(match opened {
-                Ok((id, view)) => (MetaOutcome::MoveOpened { id }, written(Some(view))),
+                Ok((id, view)) => (MetaOutcome::MoveOpened { id }, written(version, Some(view))),
                 Err(rejection) => (MetaOutcome::Rejected(rejection), WriteBatch::default()),
             });
         }
@@ -161,13 +162,19 @@ pub fn apply(
     };
     Ok(match decided {
         Err(rejection) => (MetaOutcome::Rejected(rejection), WriteBatch::default()),
-        Ok(changed) => (MetaOutcome::Done, written(changed)),
+        Ok(changed) => (MetaOutcome::Done, written(version, changed)),
     })
 }
 
-fn written(view: Option<View>) -> WriteBatch {
+/// Returns the changes that put `view` in the place of the one with this version.
+fn written(version: Option<MapVersion>, view: Option<View>) -> WriteBatch {
     let mut batch = WriteBatch::default();
     if let Some(view) = view {
+        assert!(
+            version.is_none_or(|version| view.version.0 == version.0 + 1),
+            "a change of the view is its next version"
+        );
+        debug_assert_eq!(view.check(), Ok(()), "a change left an unsound view");
         batch.put(VIEW_KEY, view.encode());
     }
     batch

@@ -9,10 +9,11 @@ use std::collections::{BTreeMap, BTreeSet, btree_map};
 
 use bytes::Bytes;
 
-use crate::sm::moves::command::OpenMove;
+use crate::sm::moves::command::{MovePhase, OpenMove};
 use crate::sm::ports::{Direction, KeyRange, Overlay, Read, StoreError, ValueStart, WriteBatch};
 use crate::sm::slots::{
-    SlotState, change_key, change_value, move_key, parse_request_key, slot_of_copied, state_key,
+    Ownership, SlotState, change_key, change_value, move_key, parse_request_key, slot_of_copied,
+    state_key,
 };
 use crate::types::{MoveId, Slot};
 
@@ -25,6 +26,8 @@ pub(in crate::sm) struct EntryTransaction<'a, R> {
 #[derive(Default)]
 struct TouchedSlot {
     state: SlotState,
+    /// Ownership before the entry.
+    was: Ownership,
     changed: bool,
 }
 
@@ -129,6 +132,7 @@ impl<'a, R: Read> EntryTransaction<'a, R> {
                 let state = SlotState::read(self.read, slot)?;
                 Ok(entry.insert(TouchedSlot {
                     state,
+                    was: state.ownership,
                     changed: false,
                 }))
             }
@@ -184,9 +188,42 @@ impl<'a, R: Read> EntryTransaction<'a, R> {
         Ok(())
     }
 
+    /// Asserts that the slots which the entry changed fit the moves that are open here: a slot is
+    /// in at most one move, and owned, frozen or arriving as that move's phase says.
+    fn check_invariants(&self) -> Result<(), StoreError> {
+        for (slot, touched) in self.states.iter().filter(|(_, touched)| touched.changed) {
+            let state = touched.state;
+            state.check_invariants(*slot);
+            if state.ownership == touched.was {
+                continue;
+            }
+
+            let open = self.open_move(state.generation)?;
+            let phase = open
+                .filter(|open| open.slots.contains(slot))
+                .map(|open| open.phase);
+            let fits = match state.ownership {
+                Ownership::NotOwned | Ownership::Owned => phase.is_none(),
+                Ownership::Leaving => matches!(phase, Some(MovePhase::Copying { .. })),
+                Ownership::Frozen => matches!(phase, Some(MovePhase::Frozen { .. })),
+                Ownership::Arriving => matches!(phase, Some(MovePhase::Installing { .. })),
+            };
+            assert!(
+                fits,
+                "slot {slot} is {:?} while its move is {phase:?}",
+                state.ownership
+            );
+        }
+        Ok(())
+    }
+
     /// All that the entry at `index` did.
     pub fn into_batch(mut self, index: u64) -> Result<WriteBatch, StoreError> {
         self.mark_changes(index)?;
+        if cfg!(debug_assertions) {
+            self.check_invariants()?;
+        }
+
         let mut batch = self.batch;
         for (slot, touched) in self.states {
             if touched.changed {

@@ -285,6 +285,9 @@ pub(in crate::sm) fn activate<R: Read>(
             Ok(MoveRejection::Incomplete.into())
         }
         MovePhase::Installing { .. } => {
+            debug_assert!(every(entry, slots, |state| {
+                state.ownership == Ownership::Arriving && state.generation == id
+            })?);
             change_all(entry, slots, |state| {
                 state.ownership = Ownership::Owned;
                 state.moved_to = None;

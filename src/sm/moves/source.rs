@@ -78,6 +78,9 @@ pub(in crate::sm) fn freeze<R: Read>(
         MovePhase::Installing { .. } => Ok(unfit(NOT_THE_SOURCE)),
         MovePhase::Frozen { .. } => Ok(MoveOutcome::Done),
         MovePhase::Copying { to } => {
+            debug_assert!(every(entry, slots, |state| {
+                state.ownership == Ownership::Leaving && state.generation == id
+            })?);
             change_all(entry, slots, |state| state.ownership = Ownership::Frozen)?;
             entry.put_move(
                 id,
@@ -109,6 +112,10 @@ pub(in crate::sm) fn release<R: Read>(
         MovePhase::Installing { .. } => Ok(unfit(NOT_THE_SOURCE)),
         MovePhase::Copying { .. } => Ok(MoveRejection::NotFrozen.into()),
         MovePhase::Frozen { to } => {
+            // From here on the destination alone may serve the slots: no write may still come.
+            debug_assert!(every(entry, slots, |state| {
+                state.ownership == Ownership::Frozen && state.generation == id
+            })?);
             change_all(entry, slots, |state| {
                 state.ownership = Ownership::NotOwned;
                 state.moved_to = Some((id, to));

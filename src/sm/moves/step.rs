@@ -105,7 +105,7 @@ pub fn next_step(
     destination: Option<&DestinationState>,
     budget: MoveLimits,
 ) -> MoveStep {
-    match source {
+    let step = match source {
         SourceState::Ready | SourceState::NotReady | SourceState::Copying(_) if budget.give_up => {
             MoveStep::Abort(AbortReason::GivenUp)
         }
@@ -116,6 +116,35 @@ pub fn next_step(
         SourceState::Released => after_release(destination),
         SourceState::Aborted => after_abort(destination),
         SourceState::Overtaken => MoveStep::Over,
+    };
+    assert!(
+        is_safe(&step, source, destination),
+        "{step:?} with a source {source:?} and a destination {destination:?}"
+    );
+    step
+}
+
+/// Returns true unless the step would give the slots up before everything is at the destination,
+/// or have two shards serve them, or none.
+fn is_safe(step: &MoveStep, source: &SourceState, destination: Option<&DestinationState>) -> bool {
+    let is_complete =
+        matches!(destination, Some(DestinationState::Installing(progress)) if progress.complete);
+    match step {
+        MoveStep::Freeze => matches!(source, SourceState::Copying(_)),
+        MoveStep::Release => matches!(source, SourceState::Frozen(_)) && is_complete,
+        MoveStep::Activate => *source == SourceState::Released && is_complete,
+        MoveStep::Commit => {
+            *source == SourceState::Released && destination == Some(&DestinationState::Active)
+        }
+        MoveStep::Cancel | MoveStep::End => *source == SourceState::Aborted,
+        MoveStep::Abort(_) => *source != SourceState::Released,
+        MoveStep::Clear
+        | MoveStep::Prepare
+        | MoveStep::Begin
+        | MoveStep::Copy(_)
+        | MoveStep::Complete { .. }
+        | MoveStep::Wait(_)
+        | MoveStep::Over => true,
     }
 }
 

@@ -21,6 +21,10 @@ const EVEN: i64 = 1 << 36;
 
 /// For each item the bins that it takes, in order.
 pub fn assign(items: &[BinTaker], bins: usize) -> Vec<Vec<usize>> {
+    assert!(
+        items.iter().all(|item| item.costs.len() == bins),
+        "each item has a cost for each bin"
+    );
     let mut assignment = TakenBins::first(items, bins);
     assignment.level();
     while let Some(cycle) = assignment.gaining_cycle() {

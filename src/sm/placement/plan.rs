@@ -61,6 +61,7 @@ pub fn plan(
     let is_same = next == *view;
     next.epoch.0 += 1;
     next.version.0 += 1;
+    debug_assert_eq!(next.check(), Ok(()), "a plan is a sound view");
     Ok(Planned {
         view: next,
         is_same,

@@ -1,4 +1,4 @@
-//! How much room there is on the disk of the log: looked at by [`Log::look_for_room`], and told to
+//! How much room there is on the disk of the log: looked at by [`super::Log::look_for_room`], and told to
 //! whoever is about to write more.
 
 use std::io;
@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
-use super::Log;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::disk::Disk;
 
@@ -15,8 +14,8 @@ pub(super) struct LogDiskRoom {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     asked: Option<u64>,
-    free_bytes: AtomicU64,
-    reserve_bytes: AtomicU64,
+    pub free_bytes: AtomicU64,
+    pub reserve_bytes: AtomicU64,
     level: AtomicU8,
     /// The writer has no room for a batch, and waits for it.
     pub is_waited_for: AtomicBool,
@@ -38,7 +37,7 @@ impl LogDiskRoom {
         }
     }
 
-    fn look(&self) -> io::Result<()> {
+    pub fn look(&self) -> io::Result<()> {
         let room = self.disk.room(&self.dir)?;
         let reserve_bytes = room.reserve_bytes(self.asked);
         let level = self.level().next(room.free_bytes, reserve_bytes);
@@ -48,64 +47,11 @@ impl LogDiskRoom {
         Ok(())
     }
 
-    fn level(&self) -> DiskLevel {
+    pub fn level(&self) -> DiskLevel {
         match self.level.load(Ordering::Relaxed) {
             0 => DiskLevel::Ample,
             1 => DiskLevel::Low,
             _ => DiskLevel::Spent,
         }
-    }
-}
-
-impl Log {
-    /// Looks at how much of the disk is left. Blocking.
-    ///
-    /// # Errors
-    ///
-    /// When the disk does not say. What was seen before stands then.
-    pub fn look_for_room(&self) -> io::Result<()> {
-        self.shared().room.look()
-    }
-
-    /// Returns how full the disk was at the last look.
-    pub fn disk_level(&self) -> DiskLevel {
-        self.shared().room.level()
-    }
-
-    /// Returns what was left of the disk at the last look, and below which of it writes are
-    /// refused.
-    pub fn free_bytes(&self) -> (u64, u64) {
-        let room = &self.shared().room;
-        (
-            room.free_bytes.load(Ordering::Relaxed),
-            room.reserve_bytes.load(Ordering::Relaxed),
-        )
-    }
-
-    /// Returns why nothing should be proposed for lack of room, if nothing should be.
-    pub fn lacks_room(&self) -> Option<String> {
-        if self.disk_level() == DiskLevel::Ample {
-            return None;
-        }
-        let (free, reserve) = self.free_bytes();
-        Some(format!(
-            "its disk has {} MiB left, and {} MiB are kept free",
-            free >> 20,
-            reserve >> 20
-        ))
-    }
-
-    /// Has the writer wait for room no more: what does not fit fails, and the log with it. For a
-    /// node that stops, whose parts may all wait for the log before it is closed.
-    pub fn give_up_room(&self) {
-        self.shared()
-            .room
-            .is_given_up
-            .store(true, Ordering::Relaxed);
-    }
-
-    /// Returns whether the writer waits for room.
-    pub fn waits_for_room(&self) -> bool {
-        self.shared().room.is_waited_for.load(Ordering::Relaxed)
     }
 }

@@ -6,22 +6,22 @@
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 
 use super::activity::{ActivityTracker, WriterActivity};
+use super::change::LogChange;
 use super::disk_room::LogDiskRoom;
 use super::index::{EntryLocation, LogIndex};
-use super::queue::{LogChange, LogOp, LogQueue, call};
+use super::queue::{LogOp, LogQueue, call};
 use super::record::{self, LogRecord, RecordPlace};
-use super::replica::{ReplicaLog, ReplicaLogInner};
-use super::writer::LogWriter;
-use super::{Done, LogEntry, LogFailure, LogOptions, OpenLogError};
+use super::replica_state::ReplicaLogInner;
+use super::{Done, LogEntry, LogFailure, LogOptions};
 use crate::storage::ReplicaKey;
-use crate::storage::disk::{Disk, DiskFile};
+use crate::storage::disk::DiskFile;
 use crate::types::{GroupId, LogId, ReplicaId};
 
 /// Upper bounds of the buckets in [`LogMetrics::sync_buckets`], in microseconds. Slower syncs are
@@ -69,11 +69,11 @@ pub struct Pin {
 /// are dropped.
 #[derive(Clone)]
 pub struct Log {
-    handle: Arc<LogHandle>,
+    pub(super) handle: Arc<LogHandle>,
 }
 
-struct LogHandle {
-    shared: Arc<LogInner>,
+pub(super) struct LogHandle {
+    pub shared: Arc<LogInner>,
 }
 
 impl Drop for LogHandle {
@@ -83,33 +83,9 @@ impl Drop for LogHandle {
 }
 
 impl Log {
-    /// Opens the log in `dir`, reads it back and begins a new segment. Nothing is written further
-    /// until the writer runs.
-    pub fn open(
-        disk: Arc<dyn Disk>,
-        dir: &Path,
-        options: LogOptions,
-    ) -> Result<(Log, LogWriter), OpenLogError> {
-        let (shared, writer) = super::writer::open(disk, dir, options)?;
-        Ok((
-            Log {
-                handle: Arc::new(LogHandle { shared }),
-            },
-            writer,
-        ))
-    }
-
     /// Those that were created and not wiped, in order.
     pub fn replicas(&self) -> Vec<ReplicaKey> {
         self.shared().roster().replicas.keys().copied().collect()
-    }
-
-    pub fn replica(&self, key: ReplicaKey) -> Option<ReplicaLog> {
-        let replica = self.shared().roster().replicas.get(&key).cloned()?;
-        Some(ReplicaLog {
-            log: self.clone(),
-            replica,
-        })
     }
 
     /// Marks durably that a replica was created, with an empty log. An id at or below one that this

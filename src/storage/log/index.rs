@@ -169,8 +169,45 @@ impl LogIndex {
         index_after(self.head.last) - self.entries.len() as u64
     }
 
+    /// Asserts that the entries are contiguous up to the last, and what is counted of them. Looks
+    /// at both ends only, since it runs after every record.
+    fn check_invariants(&self) {
+        let ReplicaHead { purged, last, .. } = self.head;
+        assert!(
+            index_after(purged) <= index_after(last),
+            "purged to {purged:?} past the last entry {last:?}"
+        );
+        assert!(
+            self.entries.len() as u64 <= index_after(last) - index_after(purged),
+            "more live entries than between {purged:?} and {last:?}"
+        );
+        assert!(
+            index_after(self.committed()) <= index_after(last),
+            "committed past the last entry {last:?}"
+        );
+        assert!(self.purged_bytes <= self.end_bytes);
+        if let (Some(front), Some(back)) = (self.entries.front(), self.entries.back()) {
+            assert_eq!(Some(back.term), last.map(|last| last.term));
+            assert_eq!(back.end_bytes, self.end_bytes, "bytes up to the last entry");
+            assert!(front.term <= back.term, "terms go down in a log");
+        }
+    }
+
     /// Follows one record of this replica, other than its creation and wiping.
     pub fn apply(
+        &mut self,
+        record: &LogRecord,
+        spot: EntryLocation,
+        live: &mut LiveBytes,
+    ) -> Result<(), Contradiction> {
+        self.follow(record, spot, live)?;
+        if cfg!(debug_assertions) {
+            self.check_invariants();
+        }
+        Ok(())
+    }
+
+    fn follow(
         &mut self,
         record: &LogRecord,
         spot: EntryLocation,

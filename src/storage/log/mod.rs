@@ -32,13 +32,16 @@
 //! ([`LogOptions::idle_ms`] after the last batch, and on close), which ends that.
 
 mod activity;
+mod change;
 mod disk_room;
+mod free_space;
 mod handle;
 mod index;
 mod queue;
 mod record;
 mod replay;
 mod replica;
+mod replica_state;
 mod scrub;
 mod segment;
 #[cfg(test)]

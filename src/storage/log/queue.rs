@@ -6,15 +6,14 @@
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use super::record::entry_len;
-use super::replica::ReplicaLogInner;
-use super::{Done, LogEntry, LogFailure, Vote};
+use super::change::LogChange;
+use super::replica_state::ReplicaLogInner;
+use super::{Done, LogFailure};
 use crate::storage::ReplicaKey;
 use crate::types::LogId;
 
@@ -25,32 +24,6 @@ pub(super) struct LogOp {
     pub seq: u64,
     pub change: LogChange,
     pub done: Done,
-}
-
-pub(super) enum LogChange {
-    Create,
-    Wipe,
-    Append(Vec<LogEntry>),
-    Vote(Vote),
-    Truncate(Option<LogId>),
-    Purge(LogId),
-    /// Changes nothing: done once all before it is.
-    Nothing,
-}
-
-impl LogChange {
-    /// Bytes that the operation takes in the log, or a little more.
-    pub fn bytes(&self) -> usize {
-        match self {
-            LogChange::Append(entries) => entries.iter().map(entry_len).sum(),
-            LogChange::Create
-            | LogChange::Wipe
-            | LogChange::Vote(_)
-            | LogChange::Truncate(_)
-            | LogChange::Purge(_)
-            | LogChange::Nothing => super::record::SMALL_RECORD_BYTES_MAX,
-        }
-    }
 }
 
 /// The operations that the writer takes from the queue at once.
@@ -163,6 +136,11 @@ impl LogQueue {
             .min(state.ops.len());
         let ops: Vec<LogOp> = state.ops.drain(..count).collect();
         state.bytes -= ops.iter().map(|op| op.change.bytes()).sum::<usize>();
+        assert!(
+            state.bytes == 0 || !state.ops.is_empty(),
+            "an empty queue counts {} bytes",
+            state.bytes
+        );
         QueuedWork { ops, committed }
     }
 
@@ -203,9 +181,4 @@ impl LogQueue {
 /// Calls back with success or the failure.
 pub(super) fn call(done: Done, failure: Option<&LogFailure>) {
     done(failure.map_or(Ok(()), |failure| Err(failure.to_io())));
-}
-
-/// Builds the error of an operation that asks for the impossible.
-pub(super) fn invalid(reason: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, reason)
 }

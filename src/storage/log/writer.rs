@@ -14,15 +14,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::activity::WriterPhase;
+use super::change::LogChange;
 use super::disk_room::LogDiskRoom;
-use super::handle::{LogInner, Roster, SegmentView};
+use super::handle::{Log, LogHandle, LogInner, Roster, SegmentView};
 use super::index::{Contradiction, EntryLocation, LiveBytes};
-use super::queue::{LogChange, LogOp, QueuedWork, call};
+use super::queue::{LogOp, QueuedWork, call};
 use super::record::{
     self, HEADER_BYTES, LogRecord, NOBODY, RecordPlace, SMALL_RECORD_BYTES_MAX, SegmentHead,
 };
 use super::replay::{Replayed, replay};
-use super::replica::ReplicaLogInner;
+use super::replica_state::ReplicaLogInner;
 use super::segment::{ActiveSegment, PreparedSegment, SegmentFiles};
 use super::{Done, Expect, LogEntry, LogFailure, LogOptions, OpenLogError, with_context};
 use crate::storage::ReplicaKey;
@@ -105,8 +106,26 @@ impl EncodedBatchRecords<'_> {
     }
 }
 
+impl Log {
+    /// Opens the log in `dir`, reads it back and begins a new segment. Nothing is written further
+    /// until the writer runs.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        options: LogOptions,
+    ) -> Result<(Log, LogWriter), OpenLogError> {
+        let (shared, writer) = open(disk, dir, options)?;
+        Ok((
+            Log {
+                handle: Arc::new(LogHandle { shared }),
+            },
+            writer,
+        ))
+    }
+}
+
 /// Opens a log: see [`super::Log::open`].
-pub(super) fn open(
+fn open(
     disk: Arc<dyn Disk>,
     dir: &Path,
     options: LogOptions,
@@ -363,6 +382,10 @@ impl LogWriter {
         fill(&mut self.ledger, &mut batch)?;
         let records = batch.records;
         let end = start.offset + self.buffer.len() as u64;
+        assert!(
+            self.active.first_batch <= start.offset && start.offset < end,
+            "a batch begins behind the last one"
+        );
         assert!(
             end + HEADER_BYTES as u64 <= self.active.allocated,
             "a batch is larger than the room that was made for it"

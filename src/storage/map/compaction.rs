@@ -25,6 +25,7 @@ use super::open::{self, pair_bytes};
 use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord, tree_name};
 use super::replica::{ReplicaMapInner, TreeWriter};
 use super::store::{MapStore, MapStoreInner};
+use super::tree_walks::TreeCopy;
 use crate::sm::ports::{Direction, KeyRange, StoreError};
 use crate::storage::ReplicaKey;
 use crate::storage::tree::Tree;
@@ -32,63 +33,9 @@ use crate::storage::tree::Tree;
 /// Of what a place takes, so many parts may be garbage for one that is not. Copying then costs a
 /// fraction of what was written since the last time.
 const GARBAGE_FACTOR: u64 = 3;
-/// A page ends once this much is copied: the writer is locked for that long.
-const PAGE_BYTES: u64 = 256 << 10;
 /// Pages between two flushes of the copy: the trees keep in memory what is not flushed. Then it is
 /// seen, too, whether there is still room for the rest.
 const PAGES_UNFLUSHED_MAX: u32 = 32;
-
-/// A copy of a tree on its way.
-pub(super) struct TreeCopy {
-    tree: Arc<dyn Tree>,
-    generation: u64,
-    /// Every key before this one is in the copy as it is in the tree.
-    next: Bytes,
-    /// Of the pairs that were copied.
-    bytes: u64,
-    digest: Digest,
-    hasher: PairHasher,
-}
-
-impl TreeCopy {
-    /// Has the copy follow what a checkpoint changed in the tree.
-    pub fn follow(&mut self, changes: &[(Bytes, Option<Bytes>)]) -> Result<(), StoreError> {
-        for (key, change) in changes.iter().filter(|(key, _)| *key < self.next) {
-            if let Some(old) = self.tree.get(key)? {
-                self.digest.subtract(self.hasher.hash(key, &old));
-            }
-            if let Some(value) = change {
-                self.digest.add(self.hasher.hash(key, value));
-            }
-            self.tree.write(key, change.as_deref())?;
-        }
-        Ok(())
-    }
-
-    /// Copies the next page. False at the end.
-    fn copy_page(&mut self, from: &dyn Tree, pairs_max: usize) -> Result<bool, StoreError> {
-        let (mut pairs, mut bytes) = (0, 0);
-        for pair in from.scan(
-            &KeyRange {
-                start: self.next.clone(),
-                end: None,
-            },
-            Direction::Forward,
-        ) {
-            if pairs >= pairs_max || bytes >= PAGE_BYTES {
-                return Ok(true);
-            }
-            let (key, value) = pair?;
-            self.tree.write(&key, Some(&value))?;
-            self.digest.add(self.hasher.hash(&key, &value));
-            pairs += 1;
-            bytes += pair_bytes(&key, &value);
-            self.bytes += pair_bytes(&key, &value);
-            self.next = [&key[..], &[0]].concat().into();
-        }
-        Ok(false)
-    }
-}
 
 /// The outcome of copying a tree.
 #[derive(Debug, PartialEq, Eq)]

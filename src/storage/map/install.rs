@@ -8,22 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::memtables::Memtables;
-use super::open::{self, TreeFilling};
+use super::open::{self, PreparedMap, TreeFilling};
 use super::replica::{ReplicaMap, ReplicaMapInner, TreeWriter};
 use crate::sm::ports::StoreError;
 use crate::storage::snapshot::Snapshot;
-
-/// A generation that holds what a snapshot does, and waits to become the map.
-pub(super) struct PreparedMap {
-    snapshot: Snapshot,
-    filling: TreeFilling,
-}
-
-impl PreparedMap {
-    fn is_of(&self, snapshot: &Snapshot) -> bool {
-        self.snapshot.path() == snapshot.path() && self.snapshot.applied() == snapshot.applied()
-    }
-}
 
 impl ReplicaMap {
     /// Fills a generation with a snapshot that is about to be installed, so that
@@ -90,6 +78,12 @@ impl ReplicaMap {
         let finished = filled.and_then(TreeFilling::finish);
         let (tree, record, map_bytes) = finished
             .inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
+        assert_eq!(
+            record.applied,
+            *snapshot.applied(),
+            "{}: a tree was filled from another snapshot",
+            replica.key
+        );
         writer.record = record.clone();
         writer.copy = None;
         replica.set_map_bytes(map_bytes);

@@ -274,6 +274,33 @@ impl Memtables {
             .chain(std::iter::once(&self.active))
     }
 
+    /// Asserts that the applied positions only grow from the tree to the active table, and that
+    /// the bytes add up.
+    pub fn check_invariants(&self) {
+        let mut below = self.tree_applied.log_id;
+        for frozen in &self.frozen {
+            assert!(
+                frozen.applied.log_id >= below,
+                "a newer immutable memtable is behind an older one"
+            );
+            below = frozen.applied.log_id;
+        }
+        assert!(
+            self.applied.log_id >= below,
+            "the map is behind its own tables"
+        );
+
+        let frozen_bytes: usize = self.frozen.iter().map(|frozen| frozen.table.bytes()).sum();
+        assert_eq!(
+            self.frozen_bytes, frozen_bytes,
+            "bytes of immutable memtables"
+        );
+        assert!(
+            !self.active.is_empty() || self.active.bytes() == 0,
+            "an empty table takes bytes"
+        );
+    }
+
     /// Freezes the active table, also an empty one: it still carries what was applied.
     pub fn freeze(&mut self) -> Arc<ImmutableMemtable> {
         let table = std::mem::take(&mut self.active);
@@ -290,6 +317,7 @@ impl Memtables {
     /// Takes the oldest frozen table away: it is in the tree.
     pub fn retire_oldest(&mut self) -> Option<Arc<ImmutableMemtable>> {
         let frozen = self.frozen.pop_front()?;
+        assert!(frozen.is_synced(), "the tree is ahead of the durable log");
         self.frozen_bytes -= frozen.table.bytes();
         self.tree_applied = frozen.applied.clone();
         Some(frozen)

@@ -38,6 +38,8 @@
 mod clean;
 mod compaction;
 pub mod digest;
+mod disk_waits;
+mod errors;
 mod install;
 mod memtables;
 mod open;
@@ -49,6 +51,7 @@ mod scan;
 mod scrub;
 mod store;
 mod tree_check;
+mod tree_walks;
 
 #[cfg(test)]
 mod clean_tests;
@@ -72,9 +75,10 @@ use std::io;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::disk_waits::ReadKind;
 pub use self::memtables::ReadGuard;
 pub use self::open::{Opened, Origin};
-pub use self::reading::{MapRead, ReadKind};
+pub use self::reading::MapRead;
 pub use self::replica::{MemtableBytes, ReplicaMap};
 pub use self::store::{Checkpointer, MapMetrics, MapStore};
 use crate::types::LogId;

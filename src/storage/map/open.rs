@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::Applied;
 use super::digest::{Digest, PairHasher};
+use super::errors::is_about_machine;
 use super::record::{RECORD_KEY, RESERVED, TreeRecord, generation_of, tree_name};
 use super::redo::{Redo, RedoFiles};
-use super::store::is_about_machine;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::snapshot::Snapshot;
@@ -175,6 +175,18 @@ impl TreeFilling {
         self.tree.write(RECORD_KEY, Some(&self.record.encode()))?;
         self.tree.flush()?;
         Ok((self.tree, self.record, self.map_bytes))
+    }
+}
+
+/// A generation that holds what a snapshot does, and waits to become the map.
+pub(super) struct PreparedMap {
+    pub snapshot: Snapshot,
+    pub filling: TreeFilling,
+}
+
+impl PreparedMap {
+    pub fn is_of(&self, snapshot: &Snapshot) -> bool {
+        self.snapshot.path() == snapshot.path() && self.snapshot.applied() == snapshot.applied()
     }
 }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::reading::DiskWaits;
+use super::disk_waits::DiskWaits;
 use super::tests::{
     KEY, Model, TestLog, applied, apply_to_model, open, pairs, random_batch, small_options,
 };

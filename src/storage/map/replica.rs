@@ -10,15 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use super::compaction::TreeCopy;
 use super::digest::{Digest, PairHasher};
-use super::install::PreparedMap;
 use super::memtables::{ImmutableMemtable, Memtables, ReadGuard};
-use super::open::{Opened, ReadyMap, pair_bytes};
+use super::open::{Opened, PreparedMap, ReadyMap, pair_bytes};
 use super::record::{RESERVED, TreeRecord};
 use super::redo::{Redo, RedoFile};
 use super::store::{CheckpointJob, MapClaim, MapStoreInner};
-use super::tree_check::TreeCheck;
+use super::tree_walks::{TreeCheck, TreeCopy};
 use super::{Applied, Synced};
 use crate::sm::ports::{StoreError, WriteBatch};
 use crate::storage::ReplicaKey;
@@ -215,7 +213,11 @@ impl ReplicaMap {
                 .active_bytes
                 .replace(before, tables.active.bytes());
             let full = tables.active.bytes() >= replica.shared.options.table_bytes_max;
-            full.then(|| replica.freeze(&mut tables))
+            let frozen = full.then(|| replica.freeze(&mut tables));
+            if cfg!(debug_assertions) {
+                tables.check_invariants();
+            }
+            frozen
         };
         match frozen {
             Some(frozen) => replica.queue_when_synced(frozen),
@@ -307,13 +309,6 @@ impl ReplicaMap {
             }
             changed.await;
         }
-    }
-
-    /// Writes a snapshot file of what is applied and durable in the log (await
-    /// [`ReplicaMap::settle`] first for all of it), durable when it returns; older files are
-    /// removed. The current one is returned if it is as new. Blocking: call it in a worker.
-    pub fn build_snapshot(&self) -> Result<Snapshot, StoreError> {
-        super::scan::build_snapshot(&self.replica)
     }
 
     /// The newest durable snapshot file.
@@ -603,6 +598,16 @@ impl ReplicaMapInner {
         frozen: &ImmutableMemtable,
         writer: &mut TreeWriter,
     ) -> Result<(), StoreError> {
+        assert!(
+            frozen.is_synced(),
+            "{}: a checkpoint of what is not durable in the log",
+            self.key
+        );
+        assert!(
+            writer.record.applied.log_id <= frozen.applied.log_id,
+            "{}: a checkpoint would take the tree back",
+            self.key
+        );
         let (redo, map_bytes) = redo_of(
             tree,
             frozen,

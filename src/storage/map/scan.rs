@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::record::RESERVED;
-use super::replica::{ReplicaMapInner, TreeWriter};
+use super::replica::{ReplicaMap, ReplicaMapInner, TreeWriter};
 use crate::sm::ports::StoreError;
 use crate::storage::snapshot::Snapshot;
 use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter};
@@ -34,8 +34,17 @@ pub(super) enum Scanned {
     New(Snapshot),
 }
 
+impl ReplicaMap {
+    /// Writes a snapshot file of what is applied and durable in the log (await
+    /// [`ReplicaMap::settle`] first for all of it), durable when it returns; older files are
+    /// removed. The current one is returned if it is as new. Blocking: call it in a worker.
+    pub fn build_snapshot(&self) -> Result<Snapshot, StoreError> {
+        build_snapshot(&self.replica)
+    }
+}
+
 /// See [`super::ReplicaMap::build_snapshot`].
-pub(super) fn build_snapshot(replica: &Arc<ReplicaMapInner>) -> Result<Snapshot, StoreError> {
+fn build_snapshot(replica: &Arc<ReplicaMapInner>) -> Result<Snapshot, StoreError> {
     match scan(replica, SnapshotTrust::Current)? {
         Scanned::Current(snapshot) => Ok(snapshot),
         Scanned::New(snapshot) => publish(replica, snapshot),

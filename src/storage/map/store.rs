@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::disk_waits::{DiskWaits, Readers};
+use super::errors::is_about_machine;
 use super::open;
-use super::reading::{DiskWaits, Readers};
 use super::record::{owner_of, tree_name};
 use super::redo::RedoFiles;
 use super::replica::{ReplicaMap, ReplicaMapInner};
@@ -294,26 +295,6 @@ impl MapStore {
         self.shared.queue.stop();
         self.shared.changed.notify_waiters();
     }
-}
-
-/// Returns whether an error is about what the machine has left, or what it allows, and says nothing
-/// of the trees.
-pub(super) fn is_about_machine(error: &StoreError) -> bool {
-    use io::ErrorKind::{
-        OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull, WouldBlock,
-    };
-    let StoreError::Io { source, .. } = error else {
-        return false;
-    };
-    let kinds = [
-        OutOfMemory,
-        PermissionDenied,
-        QuotaExceeded,
-        ReadOnlyFilesystem,
-        StorageFull,
-        WouldBlock,
-    ];
-    kinds.contains(&source.kind()) || descriptors::are_exhausted(source)
 }
 
 impl Drop for MapStore {

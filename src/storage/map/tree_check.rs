@@ -15,83 +15,14 @@ use bytes::Bytes;
 
 use super::ReplicaMap;
 use super::digest::{Digest, PairHasher};
+use super::errors::is_about_machine;
 use super::open::pair_bytes;
 use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord};
 use super::replica::{ReplicaMapInner, TreeWriter};
-use super::store::is_about_machine;
+use super::tree_walks::{CheckedPage, TreeCheck};
 use crate::sm::ports::{Direction, KeyRange, StoreError};
 use crate::storage::tree::Tree;
 use crate::storage::{Checked, ReadPace};
-
-/// A page ends once this much is read, if not sooner: the writer is locked for that long.
-const PAGE_BYTES: u64 = 256 << 10;
-
-/// A check on its way.
-pub(super) struct TreeCheck {
-    /// Every key before this one is in the digest as it is in the tree.
-    next: Bytes,
-    digest: Digest,
-    hasher: PairHasher,
-}
-
-impl TreeCheck {
-    fn new() -> Self {
-        Self {
-            next: Bytes::from_static(CORE_KEYS_START),
-            digest: Digest::default(),
-            hasher: PairHasher::default(),
-        }
-    }
-
-    /// Has the check follow what a checkpoint is about to change in the tree.
-    pub fn follow(
-        &mut self,
-        tree: &dyn Tree,
-        changes: &[(Bytes, Option<Bytes>)],
-    ) -> Result<(), StoreError> {
-        for (key, change) in changes.iter().filter(|(key, _)| *key < self.next) {
-            if let Some(old) = tree.get(key)? {
-                self.digest.subtract(self.hasher.hash(key, &old));
-            }
-            if let Some(value) = change {
-                self.digest.add(self.hasher.hash(key, value));
-            }
-        }
-        Ok(())
-    }
-
-    /// Reads the next page.
-    fn read_page(&mut self, tree: &dyn Tree, pairs_max: usize) -> Result<CheckedPage, StoreError> {
-        let rest = KeyRange {
-            start: self.next.clone(),
-            end: None,
-        };
-        let (mut pairs, mut bytes) = (0, 0);
-        for pair in tree.scan(&rest, Direction::Forward) {
-            let (key, value) = pair?;
-            self.digest.add(self.hasher.hash(&key, &value));
-            pairs += 1;
-            bytes += pair_bytes(&key, &value);
-            self.next = [&key[..], &[0]].concat().into();
-            if pairs >= pairs_max || bytes >= PAGE_BYTES {
-                return Ok(CheckedPage {
-                    bytes,
-                    is_last: false,
-                });
-            }
-        }
-        Ok(CheckedPage {
-            bytes,
-            is_last: true,
-        })
-    }
-}
-
-/// What was read at once.
-struct CheckedPage {
-    bytes: u64,
-    is_last: bool,
-}
 
 impl ReplicaMap {
     /// Reads every pair of the tree, and compares all of them with the record of the tree. The map

@@ -130,6 +130,10 @@ impl SnapshotWriter {
             head_checksum: self.head_checksum,
         };
         self.append(&encode_trailer(&trailer))?;
+        assert_eq!(
+            self.offset, file_bytes,
+            "the trailer states the length of the file"
+        );
         self.sync()?;
         Ok((self.file, trailer))
     }
@@ -143,6 +147,10 @@ impl SnapshotWriter {
     }
 
     fn write_block(&mut self) -> Result<(), StoreError> {
+        assert!(
+            self.body_pairs == 1 || self.body.len() <= BLOCK_BYTES_MAX,
+            "a block of several pairs is larger than a reader holds"
+        );
         let mut bytes = Vec::with_capacity(BLOCK_START_BYTES + self.body.len() + CRC_BYTES);
         bytes.push(KIND_BLOCK);
         bytes.extend_from_slice(&length(self.body.len())?.to_le_bytes());

@@ -54,8 +54,14 @@ pub enum MembershipStep {
     Report(ReportedMembership),
 }
 
-/// The next step of a group that the view wants to be `group`.
+/// Returns the next step of a group that the view wants to be `group`.
 pub fn next_step(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep {
+    let step = decide(group, now);
+    check_step(&step, now);
+    step
+}
+
+fn decide(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep {
     let wanted: Replicas = group.wanted().map(|(replica, _)| replica).collect();
     let members: Replicas = now.voters.union(&now.learners).copied().collect();
     let missing = || wanted.difference(&members);
@@ -89,6 +95,32 @@ pub fn next_step(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep 
         MembershipStep::Nothing
     } else {
         MembershipStep::Wait
+    }
+}
+
+/// Asserts that a step asks for nothing that Raft would refuse, or that would take the group's
+/// quorum away.
+fn check_step(step: &MembershipStep, now: &ObservedMembership) {
+    match step {
+        MembershipStep::AddLearner(replica) => assert!(
+            !now.voters.contains(replica) && !now.learners.contains(replica),
+            "{replica} is a member already"
+        ),
+        MembershipStep::SetVoters(voters) => {
+            assert!(voters.contains(&now.me), "a leader stays a voter: {step:?}");
+        }
+        MembershipStep::RemoveLearners(replicas) => assert!(
+            replicas.is_subset(&now.learners),
+            "only learners are removed: {step:?}"
+        ),
+        MembershipStep::HandOver(replica) => {
+            assert_ne!(*replica, now.me, "a leader hands over to another");
+            assert!(
+                now.voters.contains(replica) && !now.witnesses.contains(replica),
+                "{replica} cannot lead"
+            );
+        }
+        MembershipStep::Report(_) | MembershipStep::Nothing | MembershipStep::Wait => {}
     }
 }
 
