@@ -19,9 +19,6 @@ use super::{Done, LogEntry, Vote};
 use crate::storage::ReplicaKey;
 use crate::types::LogId;
 
-/// One append may take so much at most: offsets within a segment stay below 4 GiB.
-const APPEND_BYTES_MAX: usize = 1 << 30;
-
 /// The state that a replica starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogState {

@@ -14,6 +14,9 @@ use super::{Done, LogEntry};
 use crate::storage::ReplicaKey;
 use crate::types::LogId;
 
+/// One append may take so much at most: offsets within a segment stay below 4 GiB.
+const APPEND_BYTES_MAX: usize = 1 << 30;
+
 pub(super) struct ReplicaLogInner {
     pub key: ReplicaKey,
     state: Mutex<ReplicaLogState>,
@@ -47,7 +50,7 @@ pub(super) struct ReplicaLogState {
     cached: VecDeque<CachedEntry>,
     end_bytes: u64,
     purged_bytes: u64,
-    seq: u64,
+    pub seq: u64,
     pub written: LogIndex,
     pub synced: Option<LogId>,
     /// The latest truncation that may not be synced, and the least that one of those kept.

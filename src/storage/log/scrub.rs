@@ -65,7 +65,7 @@ impl Log {
     /// goes.
     pub fn holders(&self, number: u64) -> Vec<(ReplicaKey, u64)> {
         let replicas: Vec<_> = self.shared().roster().replicas.values().cloned().collect();
-        let holder = |replica: Arc<super::replica::ReplicaLogInner>| {
+        let holder = |replica: Arc<super::replica_state::ReplicaLogInner>| {
             let upto = replica.lock().written.last_through(number)?;
             Some((replica.key, upto))
         };

@@ -21,14 +21,13 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 
 use super::digest::{Digest, PairHasher};
-use super::open::{self, pair_bytes};
+use super::open;
 use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord, tree_name};
 use super::replica::{ReplicaMapInner, TreeWriter};
 use super::store::{MapStore, MapStoreInner};
 use super::tree_walks::TreeCopy;
-use crate::sm::ports::{Direction, KeyRange, StoreError};
+use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
-use crate::storage::tree::Tree;
 
 /// Of what a place takes, so many parts may be garbage for one that is not. Copying then costs a
 /// fraction of what was written since the last time.

@@ -59,7 +59,7 @@ impl Readers {
     }
 
     /// Does `work` on one of the threads. A panic of it goes on here.
-    async fn run<T: Send + 'static>(
+    pub async fn run<T: Send + 'static>(
         &self,
         kind: ReadKind,
         work: impl FnOnce() -> T + Send + 'static,
@@ -116,7 +116,7 @@ impl Default for DiskWaits {
 }
 
 impl DiskWaits {
-    fn now_us(&self) -> u64 {
+    pub fn now_us(&self) -> u64 {
         micros(self.start.elapsed())
     }
 
@@ -134,7 +134,7 @@ impl DiskWaits {
         empty_at - now > micros(BURST * SHARE)
     }
 
-    fn go_elsewhere(&self) {
+    pub fn go_elsewhere(&self) {
         let now = self.now_us();
         self.elsewhere_until_us
             .store(now + micros(ELSEWHERE_FOR), Ordering::Relaxed);
@@ -142,7 +142,7 @@ impl DiskWaits {
         self.empty_at_us.store(now, Ordering::Relaxed);
     }
 
-    fn is_elsewhere(&self) -> bool {
+    pub fn is_elsewhere(&self) -> bool {
         let until = self.elsewhere_until_us.load(Ordering::Relaxed);
         if until == 0 {
             return false;
@@ -160,6 +160,6 @@ impl DiskWaits {
     }
 }
 
-fn micros(duration: Duration) -> u64 {
+pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -2,7 +2,6 @@
 
 use parking_lot::{Condvar, Mutex};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -17,7 +16,6 @@ use super::record::{owner_of, tree_name};
 use super::redo::RedoFiles;
 use super::replica::{ReplicaMap, ReplicaMapInner};
 use super::{MapOptions, Synced};
-use crate::descriptors;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::disk::Disk;

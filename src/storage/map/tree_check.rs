@@ -11,16 +11,13 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::ReplicaMap;
-use super::digest::{Digest, PairHasher};
+use super::digest::Digest;
 use super::errors::is_about_machine;
-use super::open::pair_bytes;
-use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord};
+use super::record::{RECORD_KEY, TreeRecord};
 use super::replica::{ReplicaMapInner, TreeWriter};
 use super::tree_walks::{CheckedPage, TreeCheck};
-use crate::sm::ports::{Direction, KeyRange, StoreError};
+use crate::sm::ports::StoreError;
 use crate::storage::tree::Tree;
 use crate::storage::{Checked, ReadPace};
 
