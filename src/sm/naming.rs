@@ -6,10 +6,10 @@
 
 use crate::types::NodeId;
 
-/// What a replica knows of the leader of its shard.
+/// The leader of a shard as one of its replicas knows it.
 #[derive(Debug, Clone, Copy)]
 pub struct KnownLeader {
-    /// Whom it follows.
+    /// The node that it follows.
     pub node: Option<NodeId>,
     /// The term in which it does.
     pub term: u64,

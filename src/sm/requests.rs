@@ -373,6 +373,8 @@ impl RequestMemory {
             old.push((index_key, key));
             Ok(true)
         })?;
+
+        // The oldest record that stays bounds the age of the rest, and saves the next scan.
         let left = match oldest {
             Some(since_ms) => RequestsUsed { since_ms, ..left },
             None => RequestsUsed::default(),

@@ -237,6 +237,8 @@ fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Met
             version: view.version,
         });
     }
+
+    // The plan comes from another node: it is checked like any input.
     next.check().map_err(MetaRejection::Inconsistent)?;
     check_successor(&view, &next).map_err(MetaRejection::NotASuccessor)?;
     let mut next = next;
@@ -259,6 +261,8 @@ fn check_successor(view: &View, next: &View) -> Result<(), PlanViolation> {
     if !grows {
         return Err(PlanViolation::Ids);
     }
+
+    // Owners of slots and open moves change by the steps of moves alone.
     if next.slots != view.slots || next.moves != view.moves {
         return Err(PlanViolation::Slots);
     }
@@ -267,6 +271,8 @@ fn check_successor(view: &View, next: &View) -> Result<(), PlanViolation> {
             return Err(PlanViolation::Node(*id));
         }
     }
+
+    // A replica may still hold votes: only a report of its group retires it.
     for (id, group) in &view.groups {
         let Some(successor) = next.groups.get(id) else {
             return Err(PlanViolation::Group(*id));
@@ -384,6 +390,8 @@ fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Met
             view.slots.set_owner(slot, ended.to);
         }
     }
+
+    // The move may have been the last thing that held a draining group.
     view.prune();
     view.version.0 += 1;
     Ok(view)

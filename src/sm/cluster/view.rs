@@ -451,8 +451,13 @@ impl View {
         let owning: BTreeSet<GroupId> = Slot::all()
             .flat_map(|slot| [self.slots.owner(slot), self.targets.owner(slot)])
             .collect();
+
+        // A draining group goes once no slot is with it, is meant for it or moves from or to it.
         self.groups
             .retain(|id, group| !group.draining || moving.contains(id) || owning.contains(id));
+
+        // The meta group's replica of a leaving node goes last: by it the node learns that it may
+        // go.
         let busy: BTreeSet<NodeId> = self
             .shards()
             .flat_map(|(_, group)| group.hosted().map(|(_, node)| node))
@@ -504,6 +509,8 @@ impl View {
             }
         }
         self.check_moves()?;
+
+        // Every slot is owned by one shard of the view, and meant for one that stays.
         let is_shard = |owner: GroupId| !owner.is_meta() && self.groups.contains_key(&owner);
         let owners = |slot| [self.slots.owner(slot), self.targets.owner(slot)];
         for slot in Slot::all() {

@@ -126,6 +126,7 @@ fn claim<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     slots: &[Slot],
 ) -> Result<KvOutcome, StoreError> {
+    // Checked for all slots before any is changed: a claim is all or nothing.
     for slot in slots {
         let state = entry.state(*slot)?;
         if !state.serves_reads() && state.generation.0 > 0 {
@@ -202,6 +203,8 @@ pub fn refused_by_place(
     if let Some(rejection) = wrong_owner(&mut entry, &placed)? {
         return Ok(Some(rejection));
     }
+
+    // The common case: nothing is frozen, and the memory of requests need not be read.
     if frozen(&mut entry, &placed)?.is_none() {
         return Ok(None);
     }
@@ -239,10 +242,13 @@ fn apply_write<R: Read>(
         return apply_once(entry, memory, room, key, &placed);
     }
 
+    // Nothing is remembered of a write without a key: it is decided and done at once.
     let mut draft = match decide(entry, &placed)? {
         Ok(draft) => draft,
         Err(rejection) => return Ok(WriteOutcome::Rejected(rejection)),
     };
+
+    // Counted on every replica, also where nobody waits: a rejection must be the same on all.
     let fits = room.take(draft.gets.bytes());
     if !fits && room.is_strict() {
         return Ok(WriteOutcome::Rejected(draft.gets.too_large()));
@@ -371,6 +377,8 @@ pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreEr
         weight.bytes += bytes;
         *slot_weights.entry(*slot).or_default() += bytes + REMEMBERED_PER_OPERATION;
     }
+
+    // An answer is remembered per slot, so the fullest slot decides whether it fits.
     if write.idempotency_key.is_some() {
         weight.remembered_bytes_max = slot_weights.into_values().max().unwrap_or_default();
     }
@@ -433,6 +441,9 @@ fn apply_once<R: Read>(
         Err(rejection) => return Ok(WriteOutcome::Rejected(rejection)),
     };
     let fresh = fresh_of(&parts, placed);
+
+    // Slots that were answered before take no part: doing their operations again would apply the
+    // write twice.
     let mut fits = true;
     if !fresh.is_empty() {
         let mut decided = match decide(entry, &fresh)? {
@@ -481,6 +492,9 @@ fn apply_once<R: Read>(
             part.remembered = Some(RememberedAnswer::Here(record.answer));
             records.push((slot, bytes));
         }
+
+        // Committed only now: until every slot had room for its answer, the write could still be
+        // rejected.
         if let Ok(draft) = decided {
             draft.commit(entry)?;
         }
@@ -630,6 +644,8 @@ fn merge_answers(
             }
         }
     }
+
+    // All operations alike make one answer for the write; anything else is told one by one.
     let results: Vec<_> = results.into_iter().flatten().collect();
     let outcomes: Option<Vec<OperationOutcome>> = results
         .iter()
@@ -707,6 +723,7 @@ fn look_up<R: Read>(
         found.push((data_key, stored));
     }
 
+    // Every condition holds. The operations follow, each seeing the ones before it in the draft.
     let mut draft = WriteDraft {
         outcomes: Vec::with_capacity(placed.len()),
         gets: PendingGets::default(),
@@ -767,6 +784,8 @@ impl WriteDraft {
                 )
             }
         };
+
+        // The counters move with the data: a move compares them to prove that nothing was lost.
         let (before, now) = (
             stored.map(|stored| stored.len),
             after.as_ref().map(Bytes::len),

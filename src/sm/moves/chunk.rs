@@ -72,6 +72,8 @@ pub fn move_chunk(
         bytes_left: bytes_max.max(1),
         pairs: BTreeMap::new(),
     };
+
+    // First all pairs, then the changes marked meanwhile, until the chunk is full.
     let mut cursor = ChunkCursor::decode(cursor)?;
     let mut done = false;
     while !done && reading.bytes_left > 0 {
@@ -91,6 +93,8 @@ pub fn move_chunk(
             }
         };
     }
+
+    // A key that was read twice is in the chunk once, with its newest value.
     let pairs = reading.pairs.into_iter().collect();
     Ok(Some(Chunk {
         pairs,

@@ -31,6 +31,7 @@ pub(in crate::sm) fn prepare<R: Read>(
     slots: BTreeSet<Slot>,
     from: GroupId,
 ) -> Decided {
+    // A driver may send the step again, and so may the driver after it.
     if let Some(open) = entry.open_move(id)? {
         return Ok(match open.phase {
             MovePhase::Installing {
@@ -43,6 +44,8 @@ pub(in crate::sm) fn prepare<R: Read>(
     if slots.is_empty() {
         return Ok(unfit("a move of no slots"));
     }
+
+    // The slots must be empty: leftovers of an older move would be counted as this one's.
     for slot in &slots {
         let state = entry.state(*slot)?;
         let rejection = match state.ownership {
@@ -61,6 +64,8 @@ pub(in crate::sm) fn prepare<R: Read>(
         };
         return Ok(rejection.into());
     }
+
+    // From here on a later move of a slot meets this generation, and an earlier one is refused.
     change_all(entry, &slots, |state| {
         state.ownership = Ownership::Arriving;
         state.generation = id;
@@ -92,9 +97,13 @@ pub(in crate::sm) fn install<R: Read>(
     let MovePhase::Installing { from, mut progress } = open.phase else {
         return Ok(unfit(NOT_THE_DESTINATION));
     };
+
+    // A chunk that came before, or out of turn, changes nothing; the answer says where to go on.
     if progress.complete || install.chunk != progress.chunk {
         return Ok(MoveOutcome::Installing(progress));
     }
+
+    // All pairs are read before the first is stored: a chunk is installed whole or not at all.
     let pairs: Result<Vec<Brought>, String> = install
         .pairs
         .iter()
@@ -119,6 +128,8 @@ pub(in crate::sm) fn install<R: Read>(
         }
     }
     memory.close(entry);
+
+    // The cursor is stored with the data, so the next driver goes on exactly here.
     progress.chunk += 1;
     progress.cursor = install.cursor;
     let phase = MovePhase::Installing {
@@ -174,6 +185,8 @@ fn read_pair(
             value: value.clone(),
         });
     }
+
+    // Not data, so it must be the record of a remembered request.
     let (slot, key) =
         parse_request_key(map_key).ok_or_else(|| unfit("neither data nor a request"))?;
     if !slots.contains(&slot) {
@@ -234,6 +247,8 @@ pub(in crate::sm) fn complete<R: Read>(
     if progress.complete || chunk != progress.chunk {
         return Ok(MoveOutcome::Installing(progress));
     }
+
+    // The last check before the source may forget the slots.
     for (slot, source) in contents {
         let local = entry.state(*slot)?.contents;
         if (local.keys, local.bytes) != (source.keys, source.bytes) {
@@ -248,6 +263,8 @@ pub(in crate::sm) fn complete<R: Read>(
     for (slot, source) in contents {
         entry.state_mut(*slot)?.contents.revision = source.revision;
     }
+
+    // Revisions go on where the source stopped, so that none is ever used twice.
     progress.complete = true;
     let phase = MovePhase::Installing {
         from,

@@ -35,6 +35,8 @@ pub(in crate::sm) fn begin<R: Read>(
     if slots.is_empty() {
         return Ok(unfit("a move of no slots"));
     }
+
+    // All slots are checked before any is changed: the step is all or nothing.
     for slot in &slots {
         let state = entry.state(*slot)?;
         let rejection = match state.ownership {
@@ -163,6 +165,8 @@ pub(in crate::sm) fn abort<R: Read>(
             _ => {}
         }
     }
+
+    // The generation keeps this move from beginning later, when its entry arrives behind the abort.
     change_all(entry, slots, |state| {
         state.generation = state.generation.max(id)
     })?;

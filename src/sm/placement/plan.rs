@@ -44,6 +44,7 @@ pub fn plan(
         .filter(|id| !working.contains(id))
         .collect();
 
+    // Replicas before homes and witnesses: both are chosen among, or around, the replicas.
     let staying = shards::choose_shards(&mut next, sizes.shards, &working);
     shards::assign_replicas(&mut next, &staying, sizes, &working);
     shards::settle_homes(view, &mut next, &staying, &working);
@@ -58,6 +59,7 @@ pub fn plan(
     place_meta_replicas(&mut next, &working);
     next.targets = targets::even_targets(&next, &staying);
 
+    // Compared before the numbers are raised, which every plan does.
     let is_same = next == *view;
     next.epoch.0 += 1;
     next.version.0 += 1;
@@ -83,6 +85,8 @@ fn place_meta_replicas(next: &mut View, working: &BTreeSet<NodeId>) {
     {
         meta.add_replica_on(node, &mut next.next_replica);
     }
+
+    // Those that vote already come first: a plan that changes nothing must move no vote.
     let mut able: Vec<ReplicaId> = meta
         .replicas
         .iter()

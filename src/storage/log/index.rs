@@ -312,6 +312,8 @@ impl LogIndex {
             self.purged_bytes = entry.end_bytes;
         }
         live.remove(self.entries.drain(..gone));
+
+        // A snapshot may purge past the end: the log then goes on behind it.
         self.head.purged = Some(upto);
         if index_after(last) <= upto.index.saturating_add(1) {
             self.head.last = Some(upto);

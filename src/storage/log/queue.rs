@@ -126,6 +126,8 @@ impl LogQueue {
             bytes += op.change.bytes();
             bytes <= bytes_max
         };
+
+        // At least one is taken, however large: it would wait for ever otherwise.
         let count = state
             .ops
             .iter()

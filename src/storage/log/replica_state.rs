@@ -179,6 +179,8 @@ impl ReplicaLogState {
             (next.saturating_sub(self.cached_first())).min(self.cached.len() as u64) as usize;
         self.cached.truncate(kept);
         self.issued.last = to;
+
+        // What was synced past the cut is no longer in the log.
         self.synced = earlier(self.synced, to);
         let limit = self.truncated.map_or(to, |(_, limit)| earlier(limit, to));
         self.truncated = Some((self.seq + 1, limit));
@@ -317,6 +319,8 @@ impl ReplicaLogState {
             "an operation was synced before it was issued"
         );
         let mut synced = self.written.head().last;
+
+        // A truncation that is still on its way: what it kept is all that may be relied on.
         match self.truncated {
             Some((at, limit)) if at > seq => synced = earlier(synced, limit),
             _ => self.truncated = None,

@@ -186,6 +186,7 @@ fn begin(
         // only: failing to is no error.
         let _ = last.file.set_len(last.end);
     }
+
     for number in leftover {
         files.remove(number)?;
     }
@@ -334,6 +335,8 @@ impl LogWriter {
         if let Err(error) = written {
             return self.fail(&error, ops);
         }
+
+        // Waiters are called after the locks are released: a callback may issue the next operation.
         let mut last_seqs: BTreeMap<ReplicaKey, (Arc<ReplicaLogInner>, u64)> = BTreeMap::new();
         let mut dones = Vec::with_capacity(ops.len());
         for op in ops {
@@ -380,6 +383,7 @@ impl LogWriter {
         };
         batch.put(NOBODY, &LogRecord::Mark)?;
         fill(&mut self.ledger, &mut batch)?;
+
         let records = batch.records;
         let end = start.offset + self.buffer.len() as u64;
         assert!(
@@ -402,6 +406,8 @@ impl LogWriter {
         })?;
         self.shared
             .count_batch(records, self.buffer.len() as u64, began.elapsed());
+
+        // Readers see the batch only now that it is durable.
         self.active.offset = end;
         let mut segments = self.shared.segments.write();
         if let Some(view) = segments.get_mut(&self.active.number) {

@@ -67,6 +67,8 @@ impl ReplicaMap {
             *current_snapshot = Some(snapshot.clone());
         }
 
+        // A prepared map makes the switch quick; without one the voter is silent while it is
+        // filled.
         let filled = match writer.prepared.take_if(|prepared| prepared.is_of(snapshot)) {
             Some(prepared) => Ok(prepared.filling),
             None => {
@@ -84,6 +86,8 @@ impl ReplicaMap {
             "{}: a tree was filled from another snapshot",
             replica.key
         );
+
+        // A copy of the old tree is of no use any more.
         writer.record = record.clone();
         writer.copy = None;
         replica.set_map_bytes(map_bytes);
@@ -105,6 +109,8 @@ impl ReplicaMap {
         replica.check()?;
         discard(replica, &mut writer);
         let trees = &*replica.shared.trees;
+
+        // A copy that is being made is a generation of its own, and must not be dropped.
         if writer.copy.is_none() {
             let generations = open::generations(trees, replica.key)?;
             open::drop_others(trees, replica.key, &generations, writer.record.generation);

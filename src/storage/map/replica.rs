@@ -77,7 +77,7 @@ pub(super) struct TreeWriter {
     redo: Option<RedoFile>,
     /// The copy of the tree that is being made.
     pub copy: Option<TreeCopy>,
-    /// How far the tree was read again.
+    /// The check of the tree that is under way.
     pub check: Option<TreeCheck>,
     /// The map that is about to take the tree's place.
     pub prepared: Option<PreparedMap>,
@@ -219,6 +219,8 @@ impl ReplicaMap {
             }
             frozen
         };
+
+        // Outside of the lock: queueing may call back at once, and relief looks at other replicas.
         match frozen {
             Some(frozen) => replica.queue_when_synced(frozen),
             None => replica.shared.relieve_if_needed(),
@@ -560,6 +562,9 @@ impl ReplicaMapInner {
             if self.waits_for_room(&frozen) {
                 return Ok(());
             }
+
+            // The redo file is emptied only after the flush: until then it is what repairs a torn
+            // tree.
             let started = Instant::now();
             let written = self.flush_memtable(&*tree, &frozen, writer).and_then(|()| {
                 self.retire_oldest();
@@ -626,6 +631,9 @@ impl ReplicaMapInner {
             tracing::warn!(replica = %self.key, %error, "a check of a tree was given up");
             writer.check = None;
         }
+
+        // The redo file says what is meant: if the process ends from here on, the next start
+        // carries it out.
         redo.carry_out(tree)?;
         if let Some(copy) = &mut writer.copy
             && let Err(error) = copy.follow(&redo.changes)

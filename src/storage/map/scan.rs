@@ -84,6 +84,8 @@ pub(super) fn scan(
         {
             return Ok(Scanned::Current(current.clone()));
         }
+
+        // Written under a temporary name: a file that was cut short must never be found.
         let head = SnapshotHead {
             key: replica.key,
             applied: writer.record.applied.clone(),
@@ -133,6 +135,8 @@ fn scan_tree(
         if key.first().is_none_or(|byte| *byte == RESERVED) {
             return Walk::On;
         }
+
+        // Looked at rarely: both looks take a lock.
         pairs += 1;
         if pairs.is_multiple_of(PAIRS_BETWEEN_LOOKS) {
             let crowded = may_give_up && replica.is_crowded();

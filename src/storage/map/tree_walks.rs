@@ -131,7 +131,7 @@ impl TreeCheck {
     }
 }
 
-/// What was read at once.
+/// A page that a check has read.
 pub(super) struct CheckedPage {
     pub bytes: u64,
     pub is_last: bool,

@@ -123,6 +123,8 @@ impl SnapshotWriter {
         if !self.body.is_empty() {
             self.write_block()?;
         }
+
+        // The trailer comes last, so that a file that was cut short has none.
         let file_bytes = self.offset + TRAILER_BYTES as u64;
         let trailer = Trailer {
             digest: self.digest,
