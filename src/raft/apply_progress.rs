@@ -10,6 +10,7 @@ use crate::sm::ports::{Direction, Items, KeyRange, Pairs, Read, StoreError, Valu
 pub struct ApplyProgress<'a>(&'a parking_lot::Mutex<Option<Instant>>);
 
 impl<'a> ApplyProgress<'a> {
+    /// Marks that an entry begins to be applied.
     pub fn begin(since: &'a parking_lot::Mutex<Option<Instant>>) -> Self {
         let applying = Self(since);
         applying.step();

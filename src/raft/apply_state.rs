@@ -55,6 +55,7 @@ pub struct ApplyState {
 }
 
 impl ApplyState {
+    /// Returns the state of a replica that has applied what its store says.
     pub fn new(store: ReplicaStore) -> Result<Self, StoreError> {
         let applied = store.applied().log_id;
         let apply_state = Self {
@@ -119,6 +120,7 @@ impl ApplyState {
         self.read_only.lock().clone()
     }
 
+    /// Returns true if the map says that writes are refused.
     pub fn is_read_only(&self) -> bool {
         self.is_read_only.load(Ordering::Acquire)
     }
@@ -150,6 +152,7 @@ impl ApplyState {
         self.failure.lock().get_or_insert(reason);
     }
 
+    /// Stops applying because of `error`, and returns it for openraft.
     pub fn fatal(&self, error: StoreError) -> io::Error {
         self.fail(error.to_string());
         io::Error::other(error)
@@ -361,6 +364,7 @@ impl GroupClock {
         Self(Mutex::new((0, Instant::now())))
     }
 
+    /// Returns the group time.
     pub fn now_ms(&self) -> u64 {
         let (time_ms, at) = *self.0.lock();
         time_ms + u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX - time_ms)

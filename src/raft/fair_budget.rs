@@ -23,6 +23,7 @@ const ALWAYS_BYTES: usize = 16 << 10;
 /// Bytes that one group, or one lane, holds of a budget.
 pub type HeldBytes = Arc<AtomicUsize>;
 
+/// A budget of bytes that those who share it use fairly.
 #[derive(Debug)]
 pub struct FairBudget {
     budget: Arc<Budget>,

@@ -1,5 +1,5 @@
-//! [`recover_log`]: checks that the log of a replica and what it has applied belong together, before
-//! the replica opens.
+//! [`recover_log`]: checks that the log of a replica and what it has applied belong together,
+//! before the replica opens.
 //!
 //! A map is written to disk only when the log is durable through what it holds. So a log that ends
 //! below the map was replaced by another, or has lost its end: the replica has forgotten what it

@@ -55,12 +55,14 @@ impl Tip {
         Arc::new(tip)
     }
 
+    /// Sets the last index, and wakes those that wait.
     pub fn set(&self, last: Option<u64>) {
         self.next
             .store(last.map_or(0, |last| last + 1), Ordering::Release);
         self.grown.notify_waiters();
     }
 
+    /// Returns the last index.
     pub fn last(&self) -> Option<u64> {
         self.next.load(Ordering::Acquire).checked_sub(1)
     }
@@ -77,6 +79,7 @@ impl LogStore {
         Self { log, tip }
     }
 
+    /// Returns the end of the log, to wait on.
     pub fn tip(&self) -> &Arc<Tip> {
         &self.tip
     }

@@ -122,6 +122,7 @@ impl MapHold {
         });
     }
 
+    /// Returns true while the map is held.
     pub fn is_set(&self) -> bool {
         self.0.borrow().deadline.is_some()
     }

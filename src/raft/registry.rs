@@ -65,7 +65,7 @@ pub struct RegistryParts {
 #[derive(Default)]
 struct Opening {
     is_closed: bool,
-    /// How often this process has opened each replica, or tried to.
+    /// Number of times that this process has opened each replica, or tried to.
     tried: BTreeMap<ReplicaKey, u64>,
 }
 
@@ -129,6 +129,7 @@ impl Registry {
         })
     }
 
+    /// Returns the identity of this node.
     pub fn identity(&self) -> &NodeIdentity {
         &self.identity
     }

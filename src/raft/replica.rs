@@ -278,6 +278,7 @@ impl Replica {
         }
     }
 
+    /// Returns the state of this replica at this moment.
     pub fn status(&self) -> RaftStatus {
         let data = self.raft.data_metrics();
         let data = data.borrow_watched();
@@ -358,6 +359,7 @@ impl Replica {
         watch.role == Role::Leader && !self.has_stepped_down(&watch)
     }
 
+    /// Returns the leader that this replica knows.
     pub fn leader(&self) -> Option<Leader> {
         let watch = self.watch.borrow();
         watch.leader.filter(|_| !self.has_stepped_down(&watch))

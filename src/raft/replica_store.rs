@@ -22,6 +22,7 @@ impl ReplicaStore {
         }
     }
 
+    /// Returns the kind of the replica.
     pub fn kind(&self) -> ReplicaKind {
         match self {
             ReplicaStore::Map(_) => ReplicaKind::Data,
@@ -29,6 +30,7 @@ impl ReplicaStore {
         }
     }
 
+    /// Returns how far entries are applied.
     pub fn applied(&self) -> Applied {
         match self {
             ReplicaStore::Map(state) => state.applied(),
@@ -36,6 +38,7 @@ impl ReplicaStore {
         }
     }
 
+    /// Returns the map, if the replica has one.
     pub fn map(&self) -> Option<&ReplicaMap> {
         match self {
             ReplicaStore::Map(state) => Some(state),
@@ -43,6 +46,7 @@ impl ReplicaStore {
         }
     }
 
+    /// Returns the store of a witness.
     pub fn witness(&self) -> Option<&WitnessStore> {
         match self {
             ReplicaStore::Map(_) => None,

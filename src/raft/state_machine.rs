@@ -68,6 +68,7 @@ pub struct StateMachine {
 }
 
 impl StateMachine {
+    /// Returns the state machine over `apply_state`.
     pub fn new(apply_state: Arc<ApplyState>) -> Self {
         let membership = apply_state.store.applied().membership;
         let is_meta = apply_state.store.key().group.is_meta();

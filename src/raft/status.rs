@@ -50,7 +50,7 @@ pub struct RaftStatus {
     pub failed: Option<String>,
     /// For a leader, how long ago a quorum answered what it had sent then.
     pub quorum_acked: Option<Duration>,
-    /// How long ago the leader was heard from; zero for the leader itself, None if never since the
+    /// Time since the leader was heard from; zero for the leader itself, None if never since the
     /// start.
     pub leader_heard: Option<Duration>,
     /// For a leader, the last entry of each replica's log that is known to match its own.
@@ -222,12 +222,12 @@ pub struct Freshness(Mutex<FreshnessState>);
 
 #[derive(Debug, Default)]
 struct FreshnessState {
-    /// When an append of a leader was last accepted.
+    /// Time at which an append of a leader was last accepted.
     last: Option<Instant>,
     /// A commit that the leader has announced, and when. Kept until it is applied; replacing it
     /// with later ones would mean that it never is.
     awaited: Option<(Instant, u64)>,
-    /// When the map held all that was committed.
+    /// Time at which the map held all that was committed.
     fresh: Option<Instant>,
 }
 

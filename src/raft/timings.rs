@@ -23,7 +23,7 @@ use crate::storage::ReplicaKey;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RaftTimings {
     pub heartbeat_ms: u64,
-    /// How long an acknowledged append stands for a heartbeat.
+    /// Time that an acknowledged append stands for a heartbeat.
     pub heartbeat_skip_ms: u64,
     pub election_ms_min: u64,
     /// Longest election timeout, which is also the length of a leader's lease.

@@ -107,6 +107,7 @@ impl<T: OptionalSend + 'static> Responder<Types, T> for ResponderFn<T> {
     }
 }
 
+/// Converts a log id of openraft's.
 pub fn from_raft(id: &RaftLogId) -> LogId {
     LogId {
         term: id.committed_leader_id().term,
@@ -114,10 +115,12 @@ pub fn from_raft(id: &RaftLogId) -> LogId {
     }
 }
 
+/// Converts a log id to openraft's.
 pub fn to_raft(id: LogId) -> RaftLogId {
     RaftLogId::new_term_index(id.term, id.index)
 }
 
+/// Converts a vote of openraft's.
 pub fn vote_from_raft(vote: &RaftVoteOf) -> log::Vote {
     let leader = vote.leader_id();
     log::Vote {
@@ -153,6 +156,7 @@ const WITH_WITNESSES: u8 = 2;
 
 type Witnesses = BTreeSet<ReplicaId>;
 
+/// Encodes a membership in our format.
 pub fn encode_membership(membership: &RaftMembership) -> Bytes {
     let (record, witnesses) = record(membership);
     if witnesses.is_empty() {
@@ -162,6 +166,7 @@ pub fn encode_membership(membership: &RaftMembership) -> Bytes {
     }
 }
 
+/// Decodes a membership.
 pub fn decode_membership(bytes: &[u8]) -> Result<RaftMembership, StoreError> {
     let what = "a membership";
     let (record, witnesses) = match codec::split(bytes, WITH_WITNESSES, what)? {
@@ -185,6 +190,7 @@ pub fn encode_stored_membership(stored: &StoredMembership) -> Bytes {
     }
 }
 
+/// Decodes a membership with its log id.
 pub fn decode_stored_membership(bytes: &[u8]) -> Result<StoredMembership, StoreError> {
     if bytes.is_empty() {
         return Ok(StoredMembership::default());
@@ -245,6 +251,7 @@ fn membership(
     RaftMembership::new(record.voters, members).map_err(|error| undecodable(error.to_string()))
 }
 
+/// Converts an entry of openraft's to one of the log.
 pub fn entry_from_raft(entry: RaftEntry) -> log::LogEntry {
     let payload = match entry.payload {
         EntryPayload::Blank => LogPayload::Blank,
@@ -259,6 +266,7 @@ pub fn entry_from_raft(entry: RaftEntry) -> log::LogEntry {
     }
 }
 
+/// Converts an entry of the log to one of openraft's.
 pub fn entry_to_raft(entry: log::LogEntry) -> Result<RaftEntry, StoreError> {
     let payload = match entry.payload {
         LogPayload::Blank => EntryPayload::Blank,

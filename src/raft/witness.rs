@@ -47,6 +47,7 @@ impl WitnessReplica {
         self.0.key()
     }
 
+    /// Returns the state of this witness at this moment.
     pub fn status(&self) -> RaftStatus {
         self.0.status()
     }

@@ -50,10 +50,12 @@ impl WitnessStore {
         self.key
     }
 
+    /// Returns how far its log is applied.
     pub fn applied(&self) -> Applied {
         self.applied.lock().clone()
     }
 
+    /// Returns what its file says.
     pub fn watermark(&self) -> Applied {
         self.watermark.lock().clone()
     }
@@ -133,6 +135,7 @@ impl WitnessStore {
         self.purge_index.fetch_max(index, Ordering::Relaxed);
     }
 
+    /// Returns the index through which it need not keep the log.
     pub fn purge_index(&self) -> u64 {
         self.purge_index.load(Ordering::Relaxed)
     }

@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use crate::types::NodeId;
 
-/// How long a peer counts as disconnected after its last lane broke, unless it speaks again. By
-/// then a group has elected another leader, or has no quorum.
+/// TTL of a disconnection: a peer counts as disconnected this long after its last lane broke,
+/// unless it speaks again. By then a group has elected another leader, or has no quorum.
 const DISCONNECTED_FOR: Duration = Duration::from_secs(5);
 
 /// Holds one record per node that has proved to be of our cluster, which bounds it.
@@ -23,7 +23,7 @@ struct PeerSigns {
     last_heard: Option<Instant>,
     /// Number of lanes from it that are up.
     lanes: usize,
-    /// When the last of them broke; None once the peer has spoken since.
+    /// Time at which the last of them broke; None once the peer has spoken since.
     disconnected_at: Option<Instant>,
 }
 

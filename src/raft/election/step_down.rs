@@ -40,7 +40,7 @@ pub struct ReplicaPosition {
     /// True while nothing is to be applied, because another map takes the place of this one, or the
     /// replica has failed, which is reported elsewhere.
     pub is_held: bool,
-    /// How long the entry that is being applied has gone without a read of the map.
+    /// Time that the entry being applied has gone without a read of the map.
     pub applying: Option<Duration>,
 }
 

@@ -51,8 +51,8 @@ struct TimerState {
     delay: HeartbeatDelay,
 }
 
-/// How late the messages of a leader come that goes on leading: the worst delay, halved every
-/// [`DELAY_HALF_LIFE`]. Zero on a machine that is not overloaded.
+/// Measures how late the messages of a leader come that goes on leading: the worst delay, halved
+/// every [`DELAY_HALF_LIFE`]. Zero on a machine that is not overloaded.
 #[derive(Debug, Clone, Copy)]
 struct HeartbeatDelay {
     worst: Duration,
@@ -91,7 +91,7 @@ impl HeartbeatDelay {
     }
 }
 
-/// What the timer asks a replica to do.
+/// The action that the timer asks of a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TimerAction {
     Nothing,
@@ -112,6 +112,7 @@ pub enum ElectionRole {
 }
 
 impl ElectionRole {
+    /// Returns the part of a replica in a group of so many voters.
     pub fn of(role: Role, is_voter: bool, voters: usize) -> Self {
         match role {
             Role::Leader => ElectionRole::Leader,

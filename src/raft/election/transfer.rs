@@ -43,6 +43,7 @@ impl Replica {
         self.transfer_leader_within(to, TRANSFER_TIMEOUT).await
     }
 
+    /// Hands over the leadership like [`Replica::transfer_leader`], within `timeout`.
     pub async fn transfer_leader_within(
         &self,
         to: ReplicaId,

@@ -137,6 +137,7 @@ impl Proposer {
             })
     }
 
+    /// Queues a write, and waits until its entry is answered or its deadline has passed.
     pub async fn propose(
         &self,
         write: kv::Write,

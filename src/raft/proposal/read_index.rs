@@ -98,6 +98,7 @@ impl ReadIndex {
         self.lock().queued.len()
     }
 
+    /// Refuses the reads that are queued, and those to come.
     pub fn close(&self, reason: &str) {
         let mut queue = self.lock();
         queue.closed.get_or_insert_with(|| reason.to_owned());

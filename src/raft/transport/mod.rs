@@ -51,6 +51,7 @@ impl Lane {
         }
     }
 
+    /// Returns the lane of this name.
     pub fn from_name(name: &str) -> Option<Lane> {
         Lane::ALL.into_iter().find(|lane| lane.name() == name)
     }
@@ -133,6 +134,7 @@ impl NodeIdentity {
         }
     }
 
+    /// Returns the identity of a node that belongs to a cluster.
     pub fn member(directory: DirectoryId, cluster: ClusterId, node: NodeId) -> Self {
         Self {
             directory,
@@ -149,6 +151,7 @@ impl NodeIdentity {
         }
     }
 
+    /// Returns the starts that peers announced, if this node announces its own.
     pub fn peer_directories(&self) -> Option<&Arc<PeerDirectories>> {
         self.peer_directories.as_ref()
     }
@@ -167,6 +170,7 @@ impl NodeIdentity {
         *member = Some((cluster, node));
     }
 
+    /// Returns the cluster and the id of this node, once it has them.
     pub fn get(&self) -> Option<(ClusterId, NodeId)> {
         *self.member.read()
     }

@@ -32,6 +32,7 @@ use crate::types::{NodeId, ReplicaId};
 /// believed.
 const MISSING_TIMES: u32 = 3;
 
+/// The result of a request that openraft made.
 pub type RpcResult<T> = Result<T, RPCError<Types>>;
 
 /// Makes the clients of one group, and holds what they share.
@@ -63,6 +64,7 @@ impl Network {
         self.client(target, node, Lane::Snapshot)
     }
 
+    /// Returns the client of one replica over one lane.
     pub fn client(&self, target: ReplicaId, to: NodeId, lane: Lane) -> PeerClient {
         let header = FrameHeader {
             group: self.key.group,
@@ -101,6 +103,7 @@ impl AckedLog {
             && previous.is_some_and(|previous| previous.index < end)
     }
 
+    /// Notes that the follower has acknowledged everything through `matching`.
     pub fn note(&self, term: u64, matching: Option<RaftLogId>) {
         let Some(matching) = matching else { return };
         self.missing.store(0, Ordering::Relaxed);
@@ -147,6 +150,7 @@ impl PeerClient {
             .await
     }
 
+    /// Sends a frame and waits for its reply until `deadline`.
     pub async fn wait(
         &self,
         frame: UnsealedFrame,
@@ -166,12 +170,14 @@ impl PeerClient {
         }
     }
 
+    /// Sends a request of openraft's and waits for its reply until openraft's deadline.
     pub async fn ask_raft(&self, request: PeerRequest, option: &RPCOption) -> RpcResult<PeerReply> {
         self.ask(&request, &[], Instant::now() + option.soft_ttl())
             .await
             .map_err(rpc_error)
     }
 
+    /// Encodes an append, and takes its entries out of `request`.
     pub fn append_frame(&self, request: &mut AppendEntriesRequest<Types>) -> UnsealedFrame {
         let entries: Vec<_> = std::mem::take(&mut request.entries)
             .into_iter()
@@ -188,6 +194,7 @@ impl PeerClient {
         )
     }
 
+    /// Asks for a vote or a pre-vote.
     pub async fn ask_vote(
         &self,
         request: PeerRequest,
@@ -208,6 +215,7 @@ impl PeerClient {
     }
 }
 
+/// Translates the reply to an append.
 pub fn read_append_reply(reply: &PeerReply) -> RpcResult<AppendEntriesResponse<Types>> {
     match reply {
         PeerReply::Append(AppendReply::Success) => Ok(AppendEntriesResponse::Success),
@@ -222,18 +230,22 @@ pub fn read_append_reply(reply: &PeerReply) -> RpcResult<AppendEntriesResponse<T
     }
 }
 
+/// Translates a vote of a reply.
 pub fn read_vote(vote: &crate::storage::log::Vote) -> RpcResult<RaftVoteOf> {
     vote_to_raft(vote).ok_or_else(|| network_error("a vote for nobody"))
 }
 
+/// Returns the error of a reply of another kind.
 pub fn unexpected(reply: &PeerReply) -> RPCError<Types> {
     network_error(&format!("a reply of another kind: {reply:?}"))
 }
 
+/// Returns an error after which openraft tries again soon.
 pub fn network_error(reason: &str) -> RPCError<Types> {
     RPCError::Network(NetworkError::new(&AnyError::error(reason)))
 }
 
+/// Translates an error of a lane.
 pub fn rpc_error(error: LaneError) -> RPCError<Types> {
     match error {
         LaneError::Broken(_) | LaneError::Late(_) => RPCError::Network(NetworkError::new(&error)),

@@ -23,7 +23,7 @@ use crate::types::{LogId, ReplicaId};
 
 /// Log that is kept for a follower however small its snapshot is.
 const LOG_BYTES_FLOOR: u64 = 256 << 20;
-/// How often the amount that is kept may be doubled.
+/// Number of times that the amount kept may be doubled.
 const DOUBLINGS_MAX: u32 = 3;
 /// Time that a follower has to ask for the log after its snapshot was sent, or could not be.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,7 +39,7 @@ struct SnapshotTransfer {
     /// The last entry that is in the snapshot.
     index: u64,
     snapshot_bytes: u64,
-    /// When it was sent; None while it is being sent.
+    /// Time at which it was sent; None while it is being sent.
     ended: Option<Instant>,
     /// Number of snapshots since the follower had last caught up.
     times: u32,

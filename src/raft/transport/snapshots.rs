@@ -207,6 +207,7 @@ impl SnapshotInbox {
     }
 }
 
+/// Reports the result of an installation: the vote that it happened under, or why it failed.
 pub type InstallSender = watch::Sender<Option<Result<Vote, String>>>;
 type InstallResult = watch::Receiver<Option<Result<Vote, String>>>;
 

@@ -122,6 +122,7 @@ pub enum PeerRequest {
     },
 }
 
+/// The head of a log entry, whose payload is in the tail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EntryHead {
     pub id: LogId,
@@ -130,6 +131,7 @@ pub struct EntryHead {
     pub bytes_len: u32,
 }
 
+/// The kind of a payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PayloadKind {
     Blank,
@@ -146,6 +148,7 @@ pub struct SnapshotName {
     pub bytes_len: u64,
 }
 
+/// A reply of one replica to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerReply {
     Append(AppendReply),
@@ -171,6 +174,7 @@ pub enum PeerReply {
     Noted,
 }
 
+/// The answer to an append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AppendReply {
     Success,
@@ -179,6 +183,7 @@ pub enum AppendReply {
     HigherVote(Vote),
 }
 
+/// The answer to a request to take over the lead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TransferReply {
     Accepted,
@@ -252,6 +257,7 @@ impl UnsealedFrame {
     }
 }
 
+/// Encodes a hello of a node that announces nothing else.
 pub fn encode_hello(hello: &Hello) -> Bytes {
     let mut buffer = BytesMut::with_capacity(128);
     write(&mut buffer, 0, hello, NO_TAIL);
@@ -423,6 +429,7 @@ impl ReceivedFrame {
         Ok((header, request, tail))
     }
 
+    /// Returns the reply.
     pub fn reply(&self) -> Result<PeerReply, WireError> {
         Ok(self.envelope()?.0)
     }
@@ -509,6 +516,7 @@ impl FrameReader {
         Some(LENGTH_BYTES + u32::from_le_bytes(*length) as usize)
     }
 
+    /// Takes bytes that have arrived.
     pub fn push(&mut self, chunk: Bytes) {
         if self.partial.is_empty() && self.rest.is_empty() {
             self.rest = chunk;

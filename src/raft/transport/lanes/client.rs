@@ -132,6 +132,7 @@ impl Lanes {
         lane.call(&peer, frame, place)
     }
 
+    /// Returns the memory budgets that frames are charged to.
     pub fn budgets(&self) -> &RaftBudgets {
         &self.parts.budgets
     }

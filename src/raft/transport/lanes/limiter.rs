@@ -47,6 +47,7 @@ impl LaneOwner {
     }
 }
 
+/// The lanes that are served, by owner.
 #[derive(Debug, Default)]
 pub struct LaneLimiter {
     holders: Mutex<BTreeMap<u64, PermitHolder>>,

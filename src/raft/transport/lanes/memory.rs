@@ -73,6 +73,7 @@ impl MemoryHub {
         });
     }
 
+    /// Restores every connection.
     pub fn heal(&self) {
         self.change(|state| state.cut.clear());
     }

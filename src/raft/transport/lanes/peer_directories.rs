@@ -61,7 +61,7 @@ struct PeerContact {
     start: Start,
     /// Number of lanes that are up with it, from either side.
     lanes: AtomicUsize,
-    /// When it was last heard from, in milliseconds since this node began.
+    /// Time at which it was last heard from, in milliseconds since this node began.
     heard_ms: AtomicU64,
     /// True once a later start has taken its place.
     is_over: AtomicBool,
@@ -93,6 +93,7 @@ impl Drop for PeerSession {
 }
 
 impl PeerDirectories {
+    /// Returns the directories that `book` knows.
     pub fn new(book: StartBook) -> Arc<Self> {
         Arc::new(Self {
             book: Arc::new(book),

@@ -38,7 +38,7 @@ struct ReachabilityState {
     suspects: BTreeSet<NodeId>,
     /// Peers that this node can't connect to.
     unreachable: BTreeSet<NodeId>,
-    /// When a peer last said that it can't connect to this node.
+    /// Time at which each peer last said that it can't connect to this node.
     unreachable_from: BTreeMap<NodeId, Instant>,
 }
 
