@@ -33,7 +33,6 @@ use super::state_machine::{RaftHandle, StateMachine};
 use super::status::{Freshness, GroupMembership, Leader, RaftStatus, ReplicaWatch, Role};
 use super::timings::RaftTimings;
 use super::transport::peer_client::Network;
-use super::transport::snapshot_transfers::SnapshotTransfers;
 use super::transport::snapshots::SnapshotInbox;
 use super::types::{GroupMember, from_raft};
 use crate::sm::disk_level::DiskLevel;
@@ -96,16 +95,12 @@ impl Replica {
         );
 
         let log_store = LogStore::new(log.clone());
-        let network = Network {
+        let network = Network::new(
             key,
-            lanes: context.lanes.clone(),
-            tip: log_store.tip().clone(),
-            transfers: SnapshotTransfers::default(),
-            append_timeout: timings.append_timeout(),
-            snapshot_step_timeout: timings.snapshot_step_timeout(),
-            lease: timings.lease(),
-        };
-
+            context.lanes.clone(),
+            log_store.tip().clone(),
+            &timings,
+        );
         let apply_state = Arc::new(ApplyState::new(store)?);
         let state_machine = StateMachine::new(apply_state.clone());
         let raft = RaftHandle::build(
@@ -118,46 +113,14 @@ impl Replica {
         .await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
 
-        let (proposer, reads) = (
-            Proposer::new(context.budgets.clone()),
-            ReadIndex::new(timings.lease_age_max()),
-        );
-        let is_stopping = Arc::new(AtomicBool::new(false));
-
         let (publish, watch) = watch::channel(look(&raft, None));
-        let mut tasks = JoinSet::new();
-        let supervisor = context.supervisor.clone();
-
-        let propose =
-            proposer
-                .clone()
-                .run(raft.clone(), apply_state.clone(), context.resolver.clone());
-        supervisor.start(&mut tasks, "proposer", propose);
-        supervisor.start(
-            &mut tasks,
-            "reads",
-            reads.clone().run(raft.clone(), apply_state.clone()),
-        );
-
-        let (waiting, elections) = ((proposer.clone(), reads.clone()), context.elections.clone());
-        let monitor = monitor(
-            key,
-            raft.clone(),
-            apply_state.clone(),
-            publish,
-            waiting,
-            elections,
-            is_stopping.clone(),
-        );
-        supervisor.start(&mut tasks, "monitor of a replica", monitor);
-
         let group = Self {
             key,
             raft,
             apply_state,
             log,
-            proposer,
-            reads,
+            proposer: Proposer::new(context.budgets.clone()),
+            reads: ReadIndex::new(timings.lease_age_max()),
             inbox: SnapshotInbox::default(),
             network,
             freshness: Freshness::default(),
@@ -169,17 +132,47 @@ impl Replica {
             timings,
             context,
             watch,
-            tasks: Mutex::new(Some(tasks)),
-            is_stopping,
+            tasks: Mutex::new(Some(JoinSet::new())),
+            is_stopping: Arc::default(),
             alarm: Mutex::default(),
             is_read_only: AtomicBool::new(false),
             voters_disk_level: Mutex::default(),
             stepped_down: AtomicU64::new(0),
         };
         let group = Arc::new(group);
+        group.start_tasks(publish);
+
         // openraft starts its tasks here, and they start others.
+        let supervisor = &group.context.supervisor;
         supervisor.within("openraft", || group.raft.run());
         Ok(group)
+    }
+
+    /// Starts the tasks of this replica. None of them holds the replica, so that it can end.
+    fn start_tasks(&self, publish: watch::Sender<ReplicaWatch>) {
+        let (raft, apply_state) = (&self.raft, &self.apply_state);
+        let propose = self.proposer.clone().run(
+            raft.clone(),
+            apply_state.clone(),
+            self.context.resolver.clone(),
+        );
+        let confirm_reads = self.reads.clone().run(raft.clone(), apply_state.clone());
+        let monitor = monitor(
+            self.key,
+            raft.clone(),
+            apply_state.clone(),
+            publish,
+            (self.proposer.clone(), self.reads.clone()),
+            self.context.elections.clone(),
+            self.is_stopping.clone(),
+        );
+
+        let supervisor = &self.context.supervisor;
+        if let Some(tasks) = &mut *self.tasks.lock() {
+            supervisor.start(tasks, "proposer", propose);
+            supervisor.start(tasks, "reads", confirm_reads);
+            supervisor.start(tasks, "monitor of a replica", monitor);
+        }
     }
 
     /// Returns true if this replica keeps the log and no map. The registry hands none of these out

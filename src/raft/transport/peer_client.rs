@@ -22,6 +22,7 @@ use super::wire::{
 use super::{Lane, LaneError};
 use crate::raft::fair_budget::RaftBudgets;
 use crate::raft::log_store::Tip;
+use crate::raft::timings::RaftTimings;
 use crate::raft::types::{
     RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft, vote_to_raft,
 };
@@ -54,6 +55,19 @@ pub struct Network {
 }
 
 impl Network {
+    /// Returns the network of a group whose log ends at `tip`.
+    pub fn new(key: ReplicaKey, lanes: Arc<Lanes>, tip: Arc<Tip>, timings: &RaftTimings) -> Self {
+        Self {
+            key,
+            lanes,
+            tip,
+            transfers: SnapshotTransfers::default(),
+            append_timeout: timings.append_timeout(),
+            snapshot_step_timeout: timings.snapshot_step_timeout(),
+            lease: timings.lease(),
+        }
+    }
+
     /// Returns a client for requests that openraft has no part in.
     pub fn log_client(&self, target: ReplicaId, node: NodeId) -> PeerClient {
         self.client(target, node, Lane::Log)
