@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::member::Member;
+use super::context::NodeContext;
 use super::metric_family::{Family, FamilyKind, Sample, family, one};
 use crate::raft::{GroupMembership, Replica, Role, WitnessReplica};
 use crate::sm::cluster::view::View;
@@ -51,15 +51,15 @@ struct Silence {
 }
 
 /// Returns everything of the groups and peers of this node.
-pub fn families(member: &Member) -> Vec<Family> {
-    let groups = member.registry.groups();
-    let witnesses = member.registry.witnesses();
+pub fn families(context: &NodeContext) -> Vec<Family> {
+    let groups = context.registry.groups();
+    let witnesses = context.registry.witnesses();
     let facts: Vec<NodeFacts> = groups
         .iter()
         .map(|group| of_group(group))
         .chain(witnesses.iter().map(of_witness))
         .collect();
-    let failures = member.failures.now();
+    let failures = context.failures.now();
     let not_open = failures
         .iter()
         .map(|failure| failure.key.group)
@@ -67,9 +67,9 @@ pub fn families(member: &Member) -> Vec<Family> {
             let is_open = |facts: &NodeFacts| facts.group == *group;
             !facts.iter().any(is_open)
         });
-    let mut all = of_facts(&facts, &not_open.collect(), &member.differences());
+    let mut all = of_facts(&facts, &not_open.collect(), &context.differences());
 
-    let elections = member.registry.elections();
+    let elections = context.registry.elections();
     all.push(one(
         "quorate_elections_total",
         FamilyKind::Counter,
@@ -83,8 +83,8 @@ pub fn families(member: &Member) -> Vec<Family> {
         among them.",
         elections.leader_changes() as f64,
     ));
-    let view = member.view();
-    all.push(of_silences(silences(member, &facts, &view)));
+    let view = context.view();
+    all.push(of_silences(silences(context, &facts, &view)));
     all.extend(of_view(&view));
     all
 }
@@ -351,10 +351,15 @@ fn talkative(facts: &[NodeFacts], own: NodeId) -> BTreeSet<NodeId> {
     nodes
 }
 
-fn silences(member: &Member, facts: &[NodeFacts], view: &View) -> Vec<Silence> {
+fn silences(context: &NodeContext, facts: &[NodeFacts], view: &View) -> Vec<Silence> {
     let now = Instant::now();
     let silent = |node: NodeId| {
-        now.saturating_duration_since(member.registry.last_heard(node).unwrap_or(member.began_at))
+        now.saturating_duration_since(
+            context
+                .registry
+                .last_heard(node)
+                .unwrap_or(context.began_at),
+        )
     };
     let named = |node: NodeId| {
         let address = view.nodes.get(&node)?.address.to_string();
@@ -364,7 +369,7 @@ fn silences(member: &Member, facts: &[NodeFacts], view: &View) -> Vec<Silence> {
             silent: silent(node),
         })
     };
-    talkative(facts, member.node)
+    talkative(facts, context.node)
         .into_iter()
         .filter_map(named)
         .collect()

@@ -16,9 +16,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{GreetingOutcome, may_start};
+use super::context::NodeContext;
 use super::error::NodeError;
 use super::join::{Joined, Joining};
-use super::member::Member;
 use super::pause;
 use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
 use crate::raft::transport::lanes::PeerRefusal;
@@ -287,7 +287,7 @@ fn is_refusal(met: &GreetingOutcome) -> bool {
 
 /// Tells the members that have not heard of this start, and finds those that have moved.
 pub struct Greeter {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     joining: Arc<Joining>,
     /// Members that have heard of this start.
     told: BTreeSet<DirectoryId>,
@@ -297,9 +297,9 @@ pub struct Greeter {
 }
 
 impl Greeter {
-    pub fn new(member: Arc<Member>, joining: Arc<Joining>) -> Self {
+    pub fn new(context: Arc<NodeContext>, joining: Arc<Joining>) -> Self {
         Self {
-            member,
+            context,
             joining,
             told: BTreeSet::new(),
             later: BTreeMap::new(),
@@ -314,7 +314,10 @@ impl Greeter {
     }
 
     async fn greet_round(&mut self) {
-        let Some(greeting) = self.joining.greeting(self.member.cluster, self.member.node) else {
+        let Some(greeting) = self
+            .joining
+            .greeting(self.context.cluster, self.context.node)
+        else {
             return;
         };
         let targets = self.targets();
@@ -336,7 +339,7 @@ impl Greeter {
                     address: at,
                 } => {
                     self.told.insert(directory);
-                    if self.member.views().found_at(directory, &at) {
+                    if self.context.views().found_at(directory, &at) {
                         tracing::info!(
                             "the member with data directory {directory} runs at {at}, where the \
                             view does not have it yet"
@@ -361,14 +364,17 @@ impl Greeter {
     /// Where to ask: members that have not heard of this start; and while nothing is heard of the
     /// meta group, wherever one may be.
     fn targets(&mut self) -> Vec<Address> {
-        let view = self.member.view();
+        let view = self.context.view();
         self.told
             .retain(|directory| view.nodes.values().any(|node| node.directory == *directory));
         let is_silent = self.is_silent();
-        let others = view.nodes.iter().filter(|(id, _)| **id != self.member.node);
+        let others = view
+            .nodes
+            .iter()
+            .filter(|(id, _)| **id != self.context.node);
         let untold = others.filter(|(_, node)| is_silent || !self.told.contains(&node.directory));
         let known = untold.flat_map(|(_, node)| {
-            let moved = self.member.views().moved_to(node.directory);
+            let moved = self.context.views().moved_to(node.directory);
             [Some(node.address.clone()), moved].into_iter().flatten()
         });
         let mut targets: BTreeSet<Address> = known.collect();
@@ -392,7 +398,7 @@ impl Greeter {
     }
 
     fn is_silent(&self) -> bool {
-        let Some(meta) = self.member.registry.get(GroupId::META) else {
+        let Some(meta) = self.context.registry.get(GroupId::META) else {
             return true;
         };
         let status = meta.status();
@@ -406,7 +412,7 @@ impl Greeter {
 
     /// Deletes the old copies that the cluster goes on without.
     async fn clear_aside(&self) {
-        let (joining, view) = (self.joining.clone(), self.member.view());
+        let (joining, view) = (self.joining.clone(), self.context.view());
         if joining.has_aside()
             && let Err(error) =
                 tokio::task::spawn_blocking(move || joining.clear_aside(&view)).await

@@ -71,7 +71,7 @@ pub struct Joining {
     config: NodeConfig,
     view_set: Vec<Address>,
     directory_id: DirectoryId,
-    machine: Arc<dyn Platform>,
+    platform: Arc<dyn Platform>,
     supervisor: Supervisor,
     directory: DataDirectory,
     caller: PeerCaller,
@@ -90,18 +90,18 @@ pub struct Joining {
 impl Joining {
     pub fn new(
         config: NodeConfig,
-        machine: Arc<dyn Platform>,
+        platform: Arc<dyn Platform>,
         directory: DataDirectory,
         caller: PeerCaller,
     ) -> Self {
         let view_set = config.view_set();
         let directory_id = directory.id();
-        let supervisor = machine.supervisor();
+        let supervisor = platform.supervisor();
         Self {
             config,
             view_set,
             directory_id,
-            machine,
+            platform,
             supervisor,
             directory,
             caller,
@@ -127,8 +127,8 @@ impl Joining {
         self.directory.path()
     }
 
-    pub fn machine(&self) -> &Arc<dyn Platform> {
-        &self.machine
+    pub fn platform(&self) -> &Arc<dyn Platform> {
+        &self.platform
     }
 
     pub fn config(&self) -> &NodeConfig {

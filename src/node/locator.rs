@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::member::{Member, PeerPlace};
+use super::context::{NodeContext, PeerPlace};
 use crate::client::call::{CallError, time_to_answer_ms};
 use crate::client::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
 use crate::client::store::{Consistency, Failure};
@@ -33,13 +33,13 @@ const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Finds the leaders of shards.
 pub struct Locator {
-    member: Arc<Member>,
-    looks: Mutex<HashMap<GroupId, Arc<Look>>>,
+    context: Arc<NodeContext>,
+    looks: Mutex<HashMap<GroupId, Arc<LeaderSearch>>>,
 }
 
 /// What the last look for the leader of a shard ended with, and when; locked while one is under
 /// way.
-type Look = tokio::sync::Mutex<Option<(Instant, Option<NodeId>)>>;
+type LeaderSearch = tokio::sync::Mutex<Option<(Instant, Option<NodeId>)>>;
 
 /// What a node says to the question whether it leads.
 enum Answer {
@@ -50,9 +50,9 @@ enum Answer {
 }
 
 impl Locator {
-    pub fn new(member: Arc<Member>) -> Self {
+    pub fn new(context: Arc<NodeContext>) -> Self {
         Self {
-            member,
+            context,
             looks: Mutex::default(),
         }
     }
@@ -60,7 +60,7 @@ impl Locator {
     /// Returns the replica of the shard here that hears of its leaders: none on its way out, and
     /// none that has stopped.
     fn replica(&self, shard: GroupId) -> Option<Arc<Replica>> {
-        let group = self.member.staying_replica(shard)?;
+        let group = self.context.staying_replica(shard)?;
         let has_failed = group.watch().borrow().failure.is_some();
         Some(group).filter(|_| !has_failed)
     }
@@ -68,14 +68,14 @@ impl Locator {
     /// Returns the node that leads the shard, this one too, if that is known without asking.
     pub fn known(&self, shard: GroupId) -> Option<NodeId> {
         let Some(group) = self.replica(shard) else {
-            return self.member.shown_leader(shard, None);
+            return self.context.shown_leader(shard, None);
         };
         if group.leads() {
-            return Some(self.member.node);
+            return Some(self.context.node);
         }
         group
             .leader_to_name()
-            .or_else(|| self.member.shown_leader(shard, Some(&group)))
+            .or_else(|| self.context.shown_leader(shard, Some(&group)))
     }
 
     /// Returns the node that leads the shard, this one too: as soon as it is known, or none when
@@ -124,7 +124,7 @@ impl Locator {
 
         let found = self.ask_around(shard).await;
         if let Some(leader) = found {
-            self.member.note_leader(shard, leader);
+            self.context.note_leader(shard, leader);
         }
         *last = Some((Instant::now(), found));
         found
@@ -151,7 +151,7 @@ impl Locator {
             })
         };
         let asked: Vec<_> = self
-            .member
+            .context
             .peers_of(shard)
             .into_iter()
             .enumerate()
@@ -168,7 +168,7 @@ impl Locator {
     /// confirmed by a quorum.
     async fn ask(&self, shard: GroupId, peer: &PeerPlace) -> Answer {
         let request = ShardRequest {
-            cluster: self.member.cluster,
+            cluster: self.context.cluster,
             shard,
             timeout_ms: time_to_answer_ms(LOOK_MAX),
             body: ShardBody::GetMany {
@@ -178,15 +178,15 @@ impl Locator {
                 consistency: Consistency::Linearizable,
             },
         };
-        let reachability = self.member.registry.reachability();
+        let reachability = self.context.registry.reachability();
         let call = self
-            .member
+            .context
             .caller
             .call_by(Hop::Answer, &peer.address, &request, LOOK_MAX);
         match call.await {
             Ok(ShardReply::GotMany(_)) => Answer::Yes,
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
-                let leader = self.member.map().node_named(&address);
+                let leader = self.context.map().node_named(&address);
                 match leader.is_some_and(|leader| reachability.is_unreachable(leader)) {
                     true => Answer::OutOfReach,
                     false => Answer::No,

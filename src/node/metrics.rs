@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use super::context::NodeContext;
 use super::controllers::scrub::ScrubCounts;
 use super::controllers::watchdog::Findings;
-use super::failures::FailureCounts;
 use super::group_metrics;
-use super::member::Member;
 use super::metric_family::{Family, FamilyKind, Sample, family, one};
 use super::move_counters::Moved;
+use super::replica_failures::FailureCounts;
 use crate::budget::Budget;
 use crate::client::reply;
 use crate::raft::FairBudget;
@@ -19,7 +19,7 @@ use crate::storage::map::{MapMetrics, MapStore};
 
 /// Everything that the node counts.
 pub fn families(
-    member: &Member,
+    context: &NodeContext,
     log: &Log,
     states: &MapStore,
     findings: &Findings,
@@ -31,11 +31,11 @@ pub fn families(
     all.extend(of_states(&maps));
     all.push(of_the_disk(&log, &maps));
     all.extend(of_room);
-    all.extend(of_moves(&member.moves.now()));
-    all.extend(of_rooms(member));
-    all.extend(group_metrics::families(member));
-    all.extend(of_failures(&member.failures.counts()));
-    all.push(of_level(member));
+    all.extend(of_moves(&context.moves.now()));
+    all.extend(of_rooms(context));
+    all.extend(group_metrics::families(context));
+    all.extend(of_failures(&context.failures.counts()));
+    all.push(of_level(context));
     all.extend(of_stalls(findings));
     all.extend(of_scrubs(scrubs));
     all
@@ -354,9 +354,9 @@ fn of_moves(moved: &Moved) -> Vec<Family> {
 }
 
 /// Returns what groups and lanes hold together, and how often there was no room.
-fn of_rooms(member: &Member) -> Vec<Family> {
+fn of_rooms(context: &NodeContext) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
-    let budgets = member.registry.budgets().named();
+    let budgets = context.registry.budgets().named();
     let samples = |value: fn(&Budget) -> f64| {
         let sample = |(name, fair): &(&'static str, &FairBudget)| Sample {
             suffix: "",
@@ -368,7 +368,7 @@ fn of_rooms(member: &Member) -> Vec<Family> {
     let used = samples(|budget| budget.used() as f64);
     let max = samples(|budget| budget.bytes_max() as f64);
     let refused = samples(|budget| budget.refused() as f64);
-    let lanes = member.registry.lane_limiter();
+    let lanes = context.registry.lane_limiter();
     vec![
         family(
             "quorate_room_bytes",
@@ -446,8 +446,8 @@ fn of_failures(counts: &FailureCounts) -> Vec<Family> {
     ]
 }
 
-fn of_level(member: &Member) -> Family {
-    let level = f64::from(member.view().level);
+fn of_level(context: &NodeContext) -> Family {
+    let level = f64::from(context.view().level);
     one(
         "quorate_level",
         FamilyKind::Gauge,

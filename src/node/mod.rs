@@ -4,27 +4,26 @@
 //! [`Node::open`] locks the data directory, so that the node can say who it is. [`Node::run`] then
 //! joins (`join`, decided by `bootstrap`), opens log, maps and replicas (`running_node`), and
 //! starts the controllers (`controllers`), which make what runs match the view until the node is
-//! told to stop. `member` is what they share; `access` answers for local shards and asks other
+//! told to stop. `context` is what they share; `local_shards` answers for local shards and asks other
 //! nodes for the rest; `operator` carries out changes of the view; `platform` is the seam to disk
 //! and database.
 //!
 //! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was
 //! done, and why.
 
-pub mod access;
 pub mod bootstrap;
+mod context;
 mod controllers;
 mod error;
 mod failure_reports;
-mod failures;
 mod full_disks;
 mod group_metrics;
 mod introduction;
 mod join;
 mod leftovers;
+pub mod local_shards;
 mod locator;
 mod map_directory;
-mod member;
 mod metric_family;
 mod metrics;
 mod move_counters;
@@ -33,6 +32,7 @@ mod operator;
 mod pause;
 pub mod platform;
 mod quorum;
+mod replica_failures;
 mod running_node;
 mod unreadable;
 
@@ -120,11 +120,14 @@ impl Node {
     /// # Errors
     ///
     /// When the configuration makes no sense, or the directory can't be used.
-    pub fn open_on(machine: Arc<dyn Platform>, config: NodeConfig) -> Result<Arc<Self>, NodeError> {
+    pub fn open_on(
+        platform: Arc<dyn Platform>,
+        config: NodeConfig,
+    ) -> Result<Arc<Self>, NodeError> {
         config.check()?;
-        let directory = machine.open_directory(&config.data_dir)?;
+        let directory = platform.open_directory(&config.data_dir)?;
         let caller = PeerCaller::new().map_err(NodeError::Client)?;
-        let joining = Arc::new(Joining::new(config, machine, directory, caller));
+        let joining = Arc::new(Joining::new(config, platform, directory, caller));
         let answers = Budget::new(ANSWERS_BYTES_MAX);
         Ok(Arc::new(Self {
             joining,
@@ -277,7 +280,7 @@ impl Node {
 
     /// Hears a member of this cluster, or of another.
     pub async fn greeted(&self, greeting: Greeting) -> GreetingReply {
-        let views = self.running.get().map(|running| running.member().views());
+        let views = self.running.get().map(|running| running.context().views());
         let is_news =
             views.is_some_and(|views| views.leads_elsewhere(greeting.directory, &greeting.address));
         let reply = self
@@ -394,7 +397,7 @@ impl Node {
         match self.running.get() {
             Some(running) => {
                 let hosting = running
-                    .member()
+                    .context()
                     .hosting(running.lacks_room().is_some())
                     .await;
                 Hosting {
@@ -415,7 +418,7 @@ impl Node {
         let Some(running) = self.running.get() else {
             return Err(self.unavailable());
         };
-        running.member().ensure_ours(request.cluster)?;
+        running.context().ensure_ours(request.cluster)?;
         let (joining, HoldRequest { cluster, hold }) = (Arc::clone(&self.joining), request);
         let written = tokio::task::spawn_blocking(move || joining.hold_level(cluster, hold)).await;
         let failed = |reason: String| Failure::Unknown { reason };
@@ -433,11 +436,11 @@ impl Node {
         let Some(running) = self.running.get() else {
             return Err(self.unavailable());
         };
-        let member = running.member();
-        member.ensure_ours(report.cluster)?;
-        match member
+        let context = running.context();
+        context.ensure_ours(report.cluster)?;
+        match context
             .full_disks
-            .take(&member.view(), report.directory, report.level)
+            .take(&context.view(), report.directory, report.level)
         {
             true => Ok(()),
             false => Err(Failure::Invalid {
@@ -475,9 +478,9 @@ impl Node {
         let Some(running) = self.running.get() else {
             return Err(self.unavailable());
         };
-        let member = running.member();
-        member.ensure_ours(report.cluster)?;
-        match member.reports.take(&member.view(), report.directory) {
+        let context = running.context();
+        context.ensure_ours(report.cluster)?;
+        match context.reports.take(&context.view(), report.directory) {
             true => Ok(()),
             false => Err(Failure::Invalid {
                 reason: "the view has no node with that directory".to_owned(),
@@ -541,24 +544,24 @@ impl Node {
         group: GroupId,
         replica: crate::types::ReplicaId,
     ) -> Result<(), String> {
-        self.memberships()?.add(view, group, replica).await
+        self.membership()?.add(view, group, replica).await
     }
 
     /// Reports the members of a group that this node leads, or takes itself to lead.
     pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {
-        self.memberships()?.report(view, group).await
+        self.membership()?.report(view, group).await
     }
 
-    fn memberships(&self) -> Result<MembershipController, String> {
-        let member = self
+    fn membership(&self) -> Result<MembershipController, String> {
+        let context = self
             .running
             .get()
             .ok_or("it belongs to no cluster")?
-            .member()
+            .context()
             .clone();
         Ok(MembershipController::new(
-            member,
-            self.joining.machine().clone(),
+            context,
+            self.joining.platform().clone(),
         ))
     }
 }
@@ -653,7 +656,7 @@ impl Store for Node {
         let known = match self.running.get() {
             Some(_) if nodes.contains(own) => return None,
             Some(running) => running
-                .member()
+                .context()
                 .view()
                 .nodes
                 .values()

@@ -1,6 +1,6 @@
 //! Changes of the view that an operator asks for, as the leader of the meta group carries them out:
 //! who the nodes are, what the plan is, and that the meta group accepts it. What the plan then
-//! takes is done by every node by itself (`reconciler`, `memberships`, `migrator`).
+//! takes is done by every node by itself (`reconciler`, `membership`, `slot_moves`).
 
 use parking_lot::Mutex;
 use std::collections::BTreeSet;
@@ -11,7 +11,7 @@ use futures::future::join_all;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
-use super::member::{Member, read_applied_view, read_view_now};
+use super::context::{NodeContext, read_applied_view, read_view_now};
 use crate::client::peer::{Identity, Standing};
 use crate::client::protocol::ClusterStatus;
 use crate::client::store::{Failure, Options};
@@ -44,7 +44,7 @@ const NAMES_MAX: usize = 8;
 
 /// Carries out changes of the view.
 pub struct Operator {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     /// Of the change that was last asked about: when that was first, and what was left then.
     watched: Mutex<Option<TrackedChange>>,
     turns: Semaphore,
@@ -75,9 +75,9 @@ impl LateLeavers {
 }
 
 impl Operator {
-    pub fn new(member: Arc<Member>) -> Self {
+    pub fn new(context: Arc<NodeContext>) -> Self {
         Self {
-            member,
+            context,
             watched: Mutex::default(),
             turns: Semaphore::new(CHANGES_AT_ONCE),
         }
@@ -102,7 +102,7 @@ impl Operator {
                 .draw_up(&meta, change, only_if, deadline, &mut leavers)
                 .await?;
             if planned.is_same {
-                return Ok(self.describe(&view, view.epoch, &self.member.status().await));
+                return Ok(self.describe(&view, view.epoch, &self.context.status().await));
             }
             let epoch = planned.view.epoch;
             let command = meta::MetaCommand::InstallPlan {
@@ -112,7 +112,7 @@ impl Operator {
             match meta.propose_meta(command, deadline).await {
                 Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
                     tracing::info!("plan {epoch} was accepted");
-                    self.member.views().note_end(&view);
+                    self.context.views().note_end(&view);
                     // Whether this node still leads does not matter any more: the plan may well
                     // take that from it.
                     let unknown = |failure: Failure| Failure::Unknown {
@@ -121,7 +121,7 @@ impl Operator {
                     let now = read_applied_view(&meta)
                         .map_err(unknown)
                         .map_err(ViewChangeFailure::Failed)?;
-                    return Ok(self.describe(&now, epoch, &self.member.status().await));
+                    return Ok(self.describe(&now, epoch, &self.context.status().await));
                 }
                 // Something else has changed the view meanwhile: the plan is drawn up anew.
                 Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::Outdated { .. })) => {}
@@ -130,7 +130,7 @@ impl Operator {
                     return Err(ViewChangeFailure::Refused { reason });
                 }
                 Err(ProposeError::Unknown { reason }) => {
-                    let failure = self.member.for_want_of_meta(Failure::Unknown { reason });
+                    let failure = self.context.for_want_of_meta(Failure::Unknown { reason });
                     return Err(ViewChangeFailure::Failed(failure));
                 }
                 Err(error) => {
@@ -139,7 +139,7 @@ impl Operator {
                         retry_after_ms: RETRY_AFTER_MS,
                     };
                     return Err(ViewChangeFailure::Failed(
-                        self.member.for_want_of_meta(failure),
+                        self.context.for_want_of_meta(failure),
                     ));
                 }
             }
@@ -189,7 +189,7 @@ impl Operator {
             .iter()
             .flatten()
             .filter(|address| view.node_at(address).is_none());
-        let peers = &self.member.peers.with_turns(ASKED_AT_ONCE);
+        let peers = &self.context.peers.with_turns(ASKED_AT_ONCE);
         let asked = strangers.map(|address| {
             let members = &members;
             async move {
@@ -199,7 +199,7 @@ impl Operator {
                     Standing::Member { view: known } if known.cluster == view.cluster
                 );
                 if is_ours {
-                    self.member
+                    self.context
                         .peers
                         .invite(address, members, ASK_TIMEOUT)
                         .await
@@ -231,7 +231,7 @@ impl Operator {
                 &mut LateLeavers::new(options),
             )
             .await?;
-        Ok(compare(&view, &planned, &self.member.status().await))
+        Ok(compare(&view, &planned, &self.context.status().await))
     }
 
     /// How the change that was accepted as plan `id` gets on; none: there was no such plan.
@@ -247,7 +247,7 @@ impl Operator {
         if id > view.epoch || id.0 == 0 {
             return Ok(None);
         }
-        let status = self.member.status().await;
+        let status = self.context.status().await;
         Ok(Some(self.describe(&view, id, &status)))
     }
 
@@ -265,7 +265,7 @@ impl Operator {
     /// The meta group, if this node leads it.
     fn meta(&self) -> Result<Arc<Replica>, ViewChangeFailure> {
         let meta = self
-            .member
+            .context
             .registry
             .get(GroupId::META)
             .filter(|meta| meta.leads());
@@ -275,7 +275,7 @@ impl Operator {
     /// The view as it is, not as it may have been.
     async fn current(&self, meta: &Replica, deadline: Instant) -> Result<View, ViewChangeFailure> {
         let read = read_view_now(meta, deadline).await;
-        read.map_err(|failure| ViewChangeFailure::Failed(self.member.for_want_of_meta(failure)))
+        read.map_err(|failure| ViewChangeFailure::Failed(self.context.for_want_of_meta(failure)))
     }
 
     async fn plan(&self, view: &View, change: &ViewChange) -> Result<Planned, ViewChangeFailure> {
@@ -295,7 +295,7 @@ impl Operator {
     }
 
     fn is_in_reach(&self, node: NodeId) -> bool {
-        self.member.is_in_reach(node, ASK_TIMEOUT)
+        self.context.is_in_reach(node, ASK_TIMEOUT)
     }
 
     /// The nodes that the view is to have. One that is in it already need not answer; but if
@@ -314,7 +314,7 @@ impl Operator {
         };
         // Newcomers have to answer, so they have their turn before members, which may be away.
         addresses.sort_by_cached_key(|address| view.node_at(address).is_some());
-        let peers = &self.member.peers.with_turns(ASKED_AT_ONCE);
+        let peers = &self.context.peers.with_turns(ASKED_AT_ONCE);
         let asked = addresses.iter().map(|address| async move {
             if *address == self.own_address(view) {
                 return Ok(None);
@@ -348,8 +348,8 @@ impl Operator {
 
     fn own_address(&self, view: &View) -> Address {
         view.nodes
-            .get(&self.member.node)
-            .map_or_else(|| self.member.address.clone(), |node| node.address.clone())
+            .get(&self.context.node)
+            .map_or_else(|| self.context.address.clone(), |node| node.address.clone())
     }
 
     fn describe(&self, view: &View, id: PlanEpoch, status: &ClusterStatus) -> ChangeInProgress {
@@ -364,7 +364,7 @@ impl Operator {
             waiting_for: Vec::new(),
         };
         let was_done = if id < view.epoch {
-            self.member.views().was_done(id)
+            self.context.views().was_done(id)
         } else {
             None
         };

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::member::Member;
+use super::context::NodeContext;
 use crate::client::store::Failure;
 use crate::sm::cluster::view::{GroupSpec, View};
 use crate::types::{GroupId, NodeId};
@@ -17,7 +17,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(2);
 /// Addresses in one text.
 const NAMES_MAX: usize = 8;
 
-impl Member {
+impl NodeContext {
     /// Returns who is missing of a group, to be put behind what follows from it; nothing where all
     /// are there.
     pub fn missing_of(&self, group: GroupId) -> String {

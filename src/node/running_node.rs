@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::access::Access;
+use super::context::{NodeContext, Views, read_view_now};
 use super::controllers::agreement::Agreement;
 use super::controllers::disk_watch::DiskWatch;
 use super::controllers::failure_reporter::FailureReporter;
@@ -34,8 +34,8 @@ use super::error::StartError;
 use super::introduction::Greeter;
 use super::join::{Joined, Joining};
 use super::leftovers;
+use super::local_shards::LocalShards;
 use super::map_directory::{MAPS_DIR, are_maps_condemned};
-use super::member::{Member, Views, read_view_now};
 use super::metric_family::Family;
 use super::metrics;
 use crate::budget::Budget;
@@ -78,10 +78,10 @@ const ROOM_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// A node of a cluster, with its groups.
 pub struct RunningNode {
-    router: Router<Access>,
-    member: Arc<Member>,
+    router: Router<LocalShards>,
+    context: Arc<NodeContext>,
     reconciler: Arc<Reconciler>,
-    news: Arc<StaleViewRefresh>,
+    view_refresh: Arc<StaleViewRefresh>,
     findings: Arc<Findings>,
     scrubs: Arc<Scrubs>,
     storage: NodeStorage,
@@ -136,35 +136,46 @@ impl RunningNode {
             .map_err(|error| StartError::Client(error.to_string()))?
             .charged_to(answers);
         let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
-        let member = Member::new(joined.node, joining.clone(), views, registry, caller, peers)
-            .ok_or(StartError::NoMetaReplica)?;
-        let member = Arc::new(member);
-        Self::join_meta(joining, &member).await?;
-        tracing::info!("this is node {} of cluster {}", member.node, member.cluster);
+        let context =
+            NodeContext::new(joined.node, joining.clone(), views, registry, caller, peers)
+                .ok_or(StartError::NoMetaReplica)?;
+        let context = Arc::new(context);
+        Self::join_meta(joining, &context).await?;
+        tracing::info!(
+            "this is node {} of cluster {}",
+            context.node,
+            context.cluster
+        );
         let reconciler = Arc::new(Reconciler::new(
-            member.clone(),
+            context.clone(),
             joining.clone(),
             joined.view,
         ));
         let stop = CancellationToken::new();
-        let news = Arc::new(StaleViewRefresh::new(member.clone()));
+        let view_refresh = Arc::new(StaleViewRefresh::new(context.clone()));
         let mut tasks = ControllerTasks {
             supervisor: joining.supervisor().clone(),
             stop: stop.clone(),
             running: JoinSet::new(),
         };
-        let (reconciling, asking) = (reconciler.clone(), news.clone());
+        let (reconciling, asking) = (reconciler.clone(), view_refresh.clone());
         tasks.start(
             "reconciler",
             |stop| async move { reconciling.run(&stop).await },
         );
         tasks.start("news", |stop| async move { asking.run(&stop).await });
-        let balancer = LeaderPlacement::new(member.clone());
-        let janitor = LogCompactor::new(member.clone(), storage.log.clone(), config.log_bytes);
-        tasks.start("balancer", |stop| async move { balancer.run(&stop).await });
-        tasks.start("janitor", |stop| async move { janitor.run(&stop).await });
+        let leader_placement = LeaderPlacement::new(context.clone());
+        let log_compactor =
+            LogCompactor::new(context.clone(), storage.log.clone(), config.log_bytes);
+        tasks.start("balancer", |stop| async move {
+            leader_placement.run(&stop).await
+        });
+        tasks.start(
+            "janitor",
+            |stop| async move { log_compactor.run(&stop).await },
+        );
         let disk_watch = DiskWatch::new(
-            member.clone(),
+            context.clone(),
             storage.log.clone(),
             storage.states.clone(),
             joining.directory_id(),
@@ -173,37 +184,48 @@ impl RunningNode {
             "disk-watch",
             |stop| async move { disk_watch.run(&stop).await },
         );
-        let scout = ReachabilityProbe::new(member.clone());
-        tasks.start("scout", |stop| async move { scout.run(&stop).await });
-        let compactor = MapCompactor::new(storage.states.clone(), storage.log.clone());
+        let reachability_probe = ReachabilityProbe::new(context.clone());
+        tasks.start("scout", |stop| async move {
+            reachability_probe.run(&stop).await
+        });
+        let map_compactor = MapCompactor::new(storage.states.clone(), storage.log.clone());
         tasks.start(
             "compactor",
-            |stop| async move { compactor.run(&stop).await },
+            |stop| async move { map_compactor.run(&stop).await },
         );
-        let memberships = MembershipController::new(member.clone(), joining.machine().clone());
-        let migrator = SlotMoveController::new(member.clone(), joining.machine().clone());
+        let membership = MembershipController::new(context.clone(), joining.platform().clone());
+        let slot_moves = SlotMoveController::new(context.clone(), joining.platform().clone());
         tasks.start(
             "memberships",
-            |stop| async move { memberships.run(&stop).await },
+            |stop| async move { membership.run(&stop).await },
         );
-        tasks.start("migrator", |stop| async move { migrator.run(&stop).await });
-        let greeter = Greeter::new(member.clone(), joining.clone());
+        tasks.start(
+            "migrator",
+            |stop| async move { slot_moves.run(&stop).await },
+        );
+        let greeter = Greeter::new(context.clone(), joining.clone());
         tasks.start("greeter", |stop| async move { greeter.run(&stop).await });
-        let repair =
-            NodeReplacement::new(member.clone(), config.replace_after, config.lost_disk_after);
-        tasks.start("repair", |stop| async move { repair.run(&stop).await });
-        let reporter = FailureReporter::new(member.clone(), joining.directory_id());
+        let node_replacement = NodeReplacement::new(
+            context.clone(),
+            config.replace_after,
+            config.lost_disk_after,
+        );
+        tasks.start(
+            "repair",
+            |stop| async move { node_replacement.run(&stop).await },
+        );
+        let reporter = FailureReporter::new(context.clone(), joining.directory_id());
         tasks.start("reporter", |stop| async move { reporter.run(&stop).await });
-        let agreement = Agreement::new(member.clone(), config.compare_every);
+        let agreement = Agreement::new(context.clone(), config.compare_every);
         tasks.start(
             "agreement",
             |stop| async move { agreement.run(&stop).await },
         );
-        let levels = Levels::new(member.clone(), config.speaks(), config.raise_level_after);
+        let levels = Levels::new(context.clone(), config.speaks(), config.raise_level_after);
         tasks.start("levels", |stop| async move { levels.run(&stop).await });
         let scrubs = Arc::new(Scrubs::default());
         let scrubber = Scrubber::new(
-            member.clone(),
+            context.clone(),
             storage.log.clone(),
             scrubs.clone(),
             config.scrub_every,
@@ -215,14 +237,14 @@ impl RunningNode {
             storage.states.clone(),
             joining.supervisor().clone(),
         );
-        let watchdog = Watchdog::new(member.clone(), parts.0, parts.1, parts.2, findings.clone());
+        let watchdog = Watchdog::new(context.clone(), parts.0, parts.1, parts.2, findings.clone());
         tasks.start("watchdog", |stop| async move { watchdog.run(&stop).await });
-        let router = Router::new(Access::new(member.clone()), rand::random());
+        let router = Router::new(LocalShards::new(context.clone()), rand::random());
         Ok(Self {
             router,
-            member,
+            context,
             reconciler,
-            news,
+            view_refresh,
             findings,
             scrubs,
             storage,
@@ -235,10 +257,10 @@ impl RunningNode {
     /// Opens the replica of the meta group, and only then calls this directory a member. One that
     /// was a member goes on without it where it can't be opened: it has its view in its stamp and
     /// hears newer ones from others, is told of as failed, and replaced.
-    async fn join_meta(joining: &Arc<Joining>, member: &Member) -> Result<(), StartError> {
-        let view = member.view();
+    async fn join_meta(joining: &Arc<Joining>, context: &NodeContext) -> Result<(), StartError> {
+        let view = context.view();
         let replica = view
-            .runs_on(GroupId::META, member.node)
+            .runs_on(GroupId::META, context.node)
             .ok_or(StartError::NoMetaReplica)?;
         let key = ReplicaKey {
             group: GroupId::META,
@@ -247,7 +269,7 @@ impl RunningNode {
         // Once stamped a member, the directory has had its meta replica: it is never begun anew.
         let may_create = !joining.is_stamped_member();
         loop {
-            match member.registry.open_replica(key, may_create).await {
+            match context.registry.open_replica(key, may_create).await {
                 Ok(_) => break,
                 Err(error) if error.lacks_descriptors() => {
                     rarely!(
@@ -260,7 +282,7 @@ impl RunningNode {
                     return Err(StartError::Meta(error));
                 }
                 Err(error) => {
-                    member.failures.failed(
+                    context.failures.failed(
                         key,
                         error.cause(),
                         format!("it cannot be opened: {error}"),
@@ -269,20 +291,20 @@ impl RunningNode {
                 }
             }
         }
-        joining.stamp_member(member.node, &view)?;
+        joining.stamp_member(context.node, &view)?;
         Ok(())
     }
 
-    pub fn router(&self) -> &Router<Access> {
+    pub fn router(&self) -> &Router<LocalShards> {
         &self.router
     }
 
-    pub fn member(&self) -> &Arc<Member> {
-        &self.member
+    pub fn context(&self) -> &Arc<NodeContext> {
+        &self.context
     }
 
     pub fn registry(&self) -> &Arc<Registry> {
-        &self.member.registry
+        &self.context.registry
     }
 
     /// Returns why this node takes no writes for lack of room on its disk, if it takes none.
@@ -303,7 +325,7 @@ impl RunningNode {
 
     pub fn families(&self) -> Vec<Family> {
         metrics::families(
-            &self.member,
+            &self.context,
             &self.storage.log,
             &self.storage.states,
             &self.findings,
@@ -346,17 +368,17 @@ impl RunningNode {
 
     /// Members of the cluster have called.
     pub fn called_by(&self, members: Vec<Address>) {
-        self.news.called_by(members);
+        self.view_refresh.called_by(members);
     }
 
     /// Resolves when the cluster uses more than this program knows.
     pub fn too_old(&self) -> impl Future<Output = TooOld> + use<> {
-        outgrown(self.member.views().subscribe(), self.speaks)
+        outgrown(self.context.views().subscribe(), self.speaks)
     }
 
     /// Cancelled when this node turns out not to be in the view any more.
     pub fn retired(&self) -> CancellationToken {
-        self.news.retired().clone()
+        self.view_refresh.retired().clone()
     }
 
     /// Says on disk that this node is retired, and then forgets its replicas: the view has none of
@@ -366,12 +388,12 @@ impl RunningNode {
     ///
     /// When that can't be said on disk: then nothing is forgotten.
     pub async fn retire(&self, joining: &Arc<Joining>) -> Result<(), DirectoryError> {
-        let Some(view) = self.news.view_without_us() else {
+        let Some(view) = self.view_refresh.view_without_us() else {
             return Ok(());
         };
         // Nothing may stamp or open anything as a member from here on.
         self.end_tasks().await;
-        let (stamping, node) = (Arc::clone(joining), self.member.node);
+        let (stamping, node) = (Arc::clone(joining), self.context.node);
         let stamped =
             tokio::task::spawn_blocking(move || stamping.stamp_retired(node, &view)).await;
         match stamped {
@@ -391,9 +413,9 @@ impl RunningNode {
             }
         }
         if is_cleared {
-            let (joining, cluster) = (Arc::clone(joining), self.member.cluster);
+            let (joining, cluster) = (Arc::clone(joining), self.context.cluster);
             let note = move || {
-                let disk = joining.machine().disk();
+                let disk = joining.platform().disk();
                 leftovers::note_cleared(&*disk, joining.directory_path(), &joining.stamp(), cluster)
             };
             // Without the note the next start looks for itself.
@@ -429,7 +451,7 @@ impl RunningNode {
     /// Has the meta group, if this node leads it, apply what another node has to tell.
     pub async fn announce(&self, announcement: Announcement) -> Result<meta::MetaOutcome, Failure> {
         let Announcement { cluster, command } = announcement;
-        self.member.ensure_ours(cluster)?;
+        self.context.ensure_ours(cluster)?;
         match command {
             meta::MetaCommand::Announce { .. }
             | meta::MetaCommand::OpenMove { .. }
@@ -448,7 +470,7 @@ impl RunningNode {
             }
         }
         self.led_meta()?;
-        self.member.take_address(command, ANNOUNCE_TIMEOUT).await
+        self.context.take_address(command, ANNOUNCE_TIMEOUT).await
     }
 
     /// The view as it is now, if this node leads the meta group.
@@ -521,7 +543,11 @@ pub fn finish_retirement(joining: &Joining) -> Result<bool, StartError> {
     let Stamp::Retired { cluster, .. } = &stamp else {
         return Ok(false);
     };
-    if leftovers::is_cleared(&*joining.machine().disk(), joining.directory_path(), &stamp)? {
+    if leftovers::is_cleared(
+        &*joining.platform().disk(),
+        joining.directory_path(),
+        &stamp,
+    )? {
         return Ok(false);
     }
     NodeStorage::open(joining, *cluster)?.close();
@@ -559,7 +585,7 @@ impl NodeStorage {
     /// Blocking: reads the log back.
     fn open(joining: &Joining, cluster: ClusterId) -> Result<Self, StartError> {
         let config = joining.config();
-        let disk = joining.machine().disk();
+        let disk = joining.platform().disk();
         let path = joining.directory_path();
         let expect = if joining.is_stamped_member() {
             Expect::Existing
@@ -583,7 +609,7 @@ impl NodeStorage {
             ..SledOptions::default()
         };
         let trees = joining
-            .machine()
+            .platform()
             .open_trees(&path.join(MAPS_DIR), options, is_expected)?;
         let options = MapOptions {
             cache_bytes: config.cache_bytes,

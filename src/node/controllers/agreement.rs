@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::{HostedReplica, NotedDigest};
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::agreement::{AgreementVerdict, is_majority_of_one_mind, judge};
@@ -39,7 +39,7 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Compares the maps of the shards that are led here.
 pub struct Agreement {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     every: Duration,
     shards: BTreeMap<GroupId, Comparing>,
     /// What nodes said in this look: each is asked at most once, for all shards.
@@ -68,9 +68,9 @@ struct DigestAnswers {
 }
 
 impl Agreement {
-    pub fn new(member: Arc<Member>, every: Duration) -> Self {
+    pub fn new(context: Arc<NodeContext>, every: Duration) -> Self {
         Self {
-            member,
+            context,
             every,
             shards: BTreeMap::new(),
             heard: BTreeMap::new(),
@@ -80,7 +80,7 @@ impl Agreement {
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let tick = (self.every / SOON).clamp(TICK_MIN, TICK_MAX);
         while pause::waited(shutdown, tick).await {
-            if self.member.allows(Feature::CompareDigests) {
+            if self.context.allows(Feature::CompareDigests) {
                 self.look().await;
             }
         }
@@ -89,7 +89,7 @@ impl Agreement {
     async fn look(&mut self) {
         self.heard.clear();
         let shards = self
-            .member
+            .context
             .registry
             .groups()
             .into_iter()
@@ -213,18 +213,18 @@ impl Agreement {
 
     /// Asks those of the nodes that were not asked in this look.
     async fn hear(&mut self, nodes: BTreeSet<NodeId>) {
-        let view = self.member.view();
+        let view = self.context.view();
         let new = nodes
             .into_iter()
-            .filter(|node| *node != self.member.node && !self.heard.contains_key(node));
+            .filter(|node| *node != self.context.node && !self.heard.contains_key(node));
         let new: Vec<(NodeId, NodeSpec)> = new
             .filter_map(|id| Some((id, view.nodes.get(&id)?.clone())))
             .collect();
-        let member = &self.member;
+        let context = &self.context;
         let asked = new.iter().map(|(id, node)| async move {
             (
                 *id,
-                member
+                context
                     .peers
                     .replicas(node, ASK_TIMEOUT)
                     .await
@@ -260,7 +260,7 @@ impl Agreement {
                 if group.alarm().is_some() && self.record(group, None).await {
                     group.set_alarm(None);
                 }
-                self.member.differed(id);
+                self.context.differed(id);
                 let list = differing
                     .iter()
                     .map(ToString::to_string)
@@ -287,7 +287,7 @@ impl Agreement {
                     told.members.len()
                 );
                 if group.alarm().is_none() {
-                    self.member.differed(id);
+                    self.context.differed(id);
                     tracing::error!("shard {id} is read-only: {reason}");
                 }
                 group.set_alarm(Some(reason.clone()));
@@ -303,7 +303,7 @@ impl Agreement {
     /// leaders to come. Returns whether that is so, which it is at once where programs of the
     /// cluster do not know such entries yet, and the next leader has to find out itself.
     async fn record(&self, group: &Replica, reason: Option<String>) -> bool {
-        if !self.member.allows(Feature::ReadOnlyEntries) {
+        if !self.context.allows(Feature::ReadOnlyEntries) {
             return true;
         }
         let command = KvCommand::SetReadOnly { reason };

@@ -4,7 +4,7 @@
 //! Where a majority of a shard's voters have told so, its leader takes no writes either.
 //!
 //! Another node is asked before it is given a lead, and leads come home only to one with room
-//! (`balancer`): so where all disks are full, leads stay where they are.
+//! (`leader_placement`): so where all disks are full, leads stay where they are.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::DiskReport;
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::disk_level::DiskLevel;
@@ -38,7 +38,7 @@ const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Looks at the disk.
 pub struct DiskWatch {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     log: Log,
     states: Arc<MapStore>,
     level: DiskLevel,
@@ -51,13 +51,13 @@ pub struct DiskWatch {
 
 impl DiskWatch {
     pub fn new(
-        member: Arc<Member>,
+        context: Arc<NodeContext>,
         log: Log,
         states: Arc<MapStore>,
         directory: DirectoryId,
     ) -> Self {
         Self {
-            member,
+            context,
             log,
             states,
             level: DiskLevel::Ample,
@@ -112,14 +112,14 @@ impl DiskWatch {
         }
         self.reported = (level != DiskLevel::Ample).then(|| (level, Instant::now()));
         let report = DiskReport {
-            cluster: self.member.cluster,
+            cluster: self.context.cluster,
             directory: self.directory,
             level,
         };
-        let (view, member) = (self.member.view(), &self.member);
-        let others = view.nodes.iter().filter(|(id, _)| **id != member.node);
+        let (view, context) = (self.context.view(), &self.context);
+        let others = view.nodes.iter().filter(|(id, _)| **id != context.node);
         let told = others.map(|(_, node)| async {
-            let told = member
+            let told = context
                 .peers
                 .report_disk(&node.address, &report, ASK_TIMEOUT)
                 .await;
@@ -132,15 +132,17 @@ impl DiskWatch {
 
     /// Has the leaders here know whether a majority could take what they propose.
     fn note_levels_of_voters(&self, own: DiskLevel) {
-        for group in self.member.registry.groups() {
+        for group in self.context.registry.groups() {
             if group.key().group.is_meta() {
                 continue;
             }
             let voters = group.status().membership.voters;
-            let levels = voters.values().map(|node| match *node == self.member.node {
-                true => own,
-                false => self.member.full_disks.level_of(*node),
-            });
+            let levels = voters
+                .values()
+                .map(|node| match *node == self.context.node {
+                    true => own,
+                    false => self.context.full_disks.level_of(*node),
+                });
             group.set_voters_disk_level(DiskLevel::of_majority(levels));
         }
     }
@@ -173,7 +175,7 @@ impl DiskWatch {
     /// Gives the shards that are led here to nodes with more room, one after another.
     async fn hand_over(&mut self) {
         let mut asked: HashMap<NodeId, bool> = HashMap::new();
-        for group in self.member.registry.groups() {
+        for group in self.context.registry.groups() {
             let id = group.key().group;
             let is_due = self
                 .not_before
@@ -190,16 +192,16 @@ impl DiskWatch {
     async fn hand_over_group(&self, group: &Replica, asked: &mut HashMap<NodeId, bool>) {
         let (id, status) = (group.key().group, group.status());
         for (replica, node) in &status.membership.voters {
-            let is_other = *node != self.member.node && !status.membership.is_witness(*replica);
+            let is_other = *node != self.context.node && !status.membership.is_witness(*replica);
             if !is_other
-                || !self.member.heard_within(*node, HEARD_WITHIN)
+                || !self.context.heard_within(*node, HEARD_WITHIN)
                 || !group.is_caught_up(*replica)
             {
                 continue;
             }
             let has_room = match asked.get(node) {
                 Some(has_room) => *has_room,
-                None => self.member.has_room(*node, ASK_TIMEOUT).await == Some(true),
+                None => self.context.has_room(*node, ASK_TIMEOUT).await == Some(true),
             };
             asked.insert(*node, has_room);
             if !has_room {

@@ -8,8 +8,8 @@ use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::FailureReport;
+use crate::node::context::NodeContext;
 use crate::node::failure_reports::meta_voters;
-use crate::node::member::Member;
 use crate::node::pause;
 use crate::types::DirectoryId;
 
@@ -19,34 +19,34 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Tells the voters of the meta group that replicas have failed here.
 pub struct FailureReporter {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     directory: DirectoryId,
 }
 
 impl FailureReporter {
-    pub fn new(member: Arc<Member>, directory: DirectoryId) -> Self {
-        Self { member, directory }
+    pub fn new(context: Arc<NodeContext>, directory: DirectoryId) -> Self {
+        Self { context, directory }
     }
 
     pub async fn run(self, shutdown: &CancellationToken) {
         while pause::waited(shutdown, REPORT_EVERY).await {
-            if !self.member.failures.now().is_empty() {
+            if !self.context.failures.now().is_empty() {
                 self.report().await;
             }
         }
     }
 
     async fn report(&self) {
-        let view = self.member.view();
-        self.member.reports.take(&view, self.directory);
+        let view = self.context.view();
+        self.context.reports.take(&view, self.directory);
         let report = FailureReport {
-            cluster: self.member.cluster,
+            cluster: self.context.cluster,
             directory: self.directory,
         };
-        let voters = meta_voters(&view, self.member.node);
+        let voters = meta_voters(&view, self.context.node);
         let told = voters.iter().map(|address| async {
             let told = self
-                .member
+                .context
                 .peers
                 .report_failures(address, &report, REPORT_TIMEOUT)
                 .await;

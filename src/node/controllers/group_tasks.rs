@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::sm::cluster::view::View;
 use crate::supervisor;
 use crate::types::GroupId;
@@ -24,9 +24,9 @@ pub struct GroupTasks {
 
 impl GroupTasks {
     /// `tick` is how long nothing may be looked at while nothing changes.
-    pub fn new(member: &Member, tick: Duration) -> Self {
+    pub fn new(context: &NodeContext, tick: Duration) -> Self {
         Self {
-            views: member.views().subscribe(),
+            views: context.views().subscribe(),
             tick,
             running: JoinSet::new(),
             busy: HashMap::new(),

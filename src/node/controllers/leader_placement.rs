@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;
 use crate::types::{GroupId, LogId, ReplicaId};
@@ -31,7 +31,7 @@ const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 /// Hands leaderships over to their homes, unless these lack room on their disks, are stopping, or
 /// have replicas that do not run.
 pub struct LeaderPlacement {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     /// The homes of shards that this node leads that have been good enough to lead, without a
     /// break.
     steady: HashMap<GroupId, Steady>,
@@ -47,9 +47,9 @@ struct Steady {
 }
 
 impl LeaderPlacement {
-    pub fn new(member: Arc<Member>) -> Self {
+    pub fn new(context: Arc<NodeContext>) -> Self {
         Self {
-            member,
+            context,
             steady: HashMap::new(),
             not_before: HashMap::new(),
         }
@@ -62,22 +62,22 @@ impl LeaderPlacement {
     }
 
     async fn tick(&mut self) {
-        let view = self.member.view();
+        let view = self.context.view();
         let mut due = None;
-        for group in self.member.registry.groups() {
+        for group in self.context.registry.groups() {
             let id = group.key().group;
             let home = view
                 .groups
                 .get(&id)
                 .map(|of| of.home)
-                .filter(|home| *home != self.member.node && !id.is_meta());
+                .filter(|home| *home != self.context.node && !id.is_meta());
             let target = home.and_then(|home| Some((home, view.replica_on(id, home)?)));
             let Some((home, replica)) = target.filter(|_| group.leads()) else {
                 self.steady.remove(&id);
                 continue;
             };
-            let is_in_reach = self.member.heard_within(home, HEARD_WITHIN)
-                && !self.member.registry.reachability().is_unreachable(home);
+            let is_in_reach = self.context.heard_within(home, HEARD_WITHIN)
+                && !self.context.registry.reachability().is_unreachable(home);
             if !is_in_reach || !group.is_caught_up(replica) {
                 self.steady.remove(&id);
                 continue;
@@ -113,7 +113,11 @@ impl LeaderPlacement {
         self.steady.remove(&id);
         let home = group.status().membership.node_of(replica);
         if let Some(home) = home
-            && self.member.could_lead(home, id, replica, ASK_TIMEOUT).await == Some(false)
+            && self
+                .context
+                .could_lead(home, id, replica, ASK_TIMEOUT)
+                .await
+                == Some(false)
         {
             // It would only hand the shard on, or not lead it at all.
             self.not_before.insert(id, Instant::now() + RETRY_AFTER);

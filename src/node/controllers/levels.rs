@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::node::member::{Member, read_applied_view};
+use crate::node::context::{NodeContext, read_applied_view};
 use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::cluster::meta;
@@ -32,7 +32,7 @@ const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Watches which levels the nodes speak.
 pub struct Levels {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     /// What this node speaks: it can raise the level no further.
     speaks: u16,
     raise_after: Duration,
@@ -93,9 +93,9 @@ impl LevelReports {
 }
 
 impl Levels {
-    pub fn new(member: Arc<Member>, speaks: u16, raise_after: Duration) -> Self {
+    pub fn new(context: Arc<NodeContext>, speaks: u16, raise_after: Duration) -> Self {
         Self {
-            member,
+            context,
             speaks,
             raise_after,
             heard: LevelReports::default(),
@@ -106,11 +106,11 @@ impl Levels {
         let tick = (self.raise_after / 4).clamp(TICK_MIN, TICK_MAX);
         while pause::waited(shutdown, tick).await {
             let meta = self
-                .member
+                .context
                 .registry
                 .get(GroupId::META)
                 .filter(|meta| meta.leads());
-            let Some(meta) = meta.filter(|_| self.member.view().level < self.speaks) else {
+            let Some(meta) = meta.filter(|_| self.context.view().level < self.speaks) else {
                 self.heard.0.clear();
                 continue;
             };
@@ -138,7 +138,7 @@ impl Levels {
         for some in nodes.chunks(ASKED_AT_ONCE) {
             let asked = some.iter().map(|(id, node)| async move {
                 let identity = self
-                    .member
+                    .context
                     .peers
                     .identity_of(node, ASK_TIMEOUT)
                     .await

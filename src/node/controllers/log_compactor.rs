@@ -14,7 +14,7 @@
 //!
 //! Witnesses have no snapshot: each purges what the leader of its group says that every replica
 //! with a map has. When one of those stays away, the log of the witness grows until it is back, or
-//! a plan has replaced it (`repair`); past a limit that is said.
+//! a plan has replaced it (`node_replacement`); past a limit that is said.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::{RaftStatus, Replica, WitnessReplica};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
@@ -65,7 +65,7 @@ const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Triggers snapshots and purges.
 pub struct LogCompactor {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     log: Log,
     /// What the log is to take.
     log_bytes: u64,
@@ -76,9 +76,9 @@ pub struct LogCompactor {
 }
 
 impl LogCompactor {
-    pub fn new(member: Arc<Member>, log: Log, log_bytes: u64) -> Self {
+    pub fn new(context: Arc<NodeContext>, log: Log, log_bytes: u64) -> Self {
         Self {
-            member,
+            context,
             log,
             log_bytes,
             quiet: HashMap::new(),
@@ -100,7 +100,7 @@ impl LogCompactor {
 
     /// Returns whether replicas hold back more of the log than they should.
     async fn tick(&mut self) -> bool {
-        let groups = self.member.registry.groups();
+        let groups = self.context.registry.groups();
         // On a full disk the log is what can be given back.
         let log_bytes = if self.log.lacks_room().is_some() {
             LOG_BYTES_MIN
@@ -117,7 +117,7 @@ impl LogCompactor {
             .collect();
         let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(LogBacklog::Little);
         join_all(groups.iter().map(|group| group.advertise_purge_index())).await;
-        for witness in self.member.registry.witnesses() {
+        for witness in self.context.registry.witnesses() {
             if let Err(error) = witness
                 .release_log(held(witness.key()) != LogBacklog::Little)
                 .await
@@ -172,7 +172,7 @@ impl LogCompactor {
             return CompactionStep::Nothing;
         }
         let is_kept_for =
-            |node| held != LogBacklog::TooMuch && self.member.heard_within(node, HEARD_WITHIN);
+            |node| held != LogBacklog::TooMuch && self.context.heard_within(node, HEARD_WITHIN);
         let status = group.status();
         match release_log(&status, status.purgeable(is_kept_for)) {
             // A snapshot would only move what is behind it.

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::group_tasks::GroupTasks;
 use crate::client::peer::HostedReplica;
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::node::platform::{Platform, Stepped};
 use crate::raft::Replica;
 use crate::sm::cluster::membership::{MembershipStep, ObservedMembership, next_step};
@@ -42,19 +42,19 @@ pub struct MembershipController {
 }
 
 struct MembershipSteps {
-    member: Arc<Member>,
-    machine: Arc<dyn Platform>,
+    context: Arc<NodeContext>,
+    platform: Arc<dyn Platform>,
     /// Replicas that could not be added, and when: others first.
     refused: Mutex<BTreeMap<ReplicaId, Instant>>,
 }
 
 impl MembershipController {
-    pub fn new(member: Arc<Member>, machine: Arc<dyn Platform>) -> Self {
-        let tasks = GroupTasks::new(&member, TICK);
+    pub fn new(context: Arc<NodeContext>, platform: Arc<dyn Platform>) -> Self {
+        let tasks = GroupTasks::new(&context, TICK);
         Self {
             shared: Arc::new(MembershipSteps {
-                member,
-                machine,
+                context,
+                platform,
                 refused: Mutex::default(),
             }),
             tasks,
@@ -63,8 +63,8 @@ impl MembershipController {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         while self.tasks.are_due(shutdown).await {
-            let view = self.shared.member.view();
-            for group in self.shared.member.registry.groups() {
+            let view = self.shared.context.view();
+            for group in self.shared.context.registry.groups() {
                 let id = group.key().group;
                 let Some(of) = view.groups.get(&id).filter(|_| group.leads()) else {
                     continue;
@@ -125,7 +125,7 @@ impl MembershipSteps {
             tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step.clone())).await;
         let reason = match taken {
             Ok(Ok(())) => {
-                self.machine
+                self.platform
                     .stepped(Stepped::Members {
                         group: id,
                         step: &step,
@@ -150,7 +150,7 @@ impl MembershipSteps {
         // Of a node that is no member of anything yet nothing was heard: it is asked when it is to
         // be added.
         let is_up = |replica: &ReplicaId, node: &NodeId| {
-            let heard = || self.member.heard_within(*node, HEARD_WITHIN);
+            let heard = || self.context.heard_within(*node, HEARD_WITHIN);
             *replica == me
                 || heard()
                 || !membership.is_member(*replica) && !refused.contains_key(replica)
@@ -245,9 +245,9 @@ impl MembershipSteps {
                     reported,
                     plan: view.epoch,
                 };
-                match self.member.tell_meta(report, STEP_TIMEOUT).await {
+                match self.context.tell_meta(report, STEP_TIMEOUT).await {
                     Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
-                        self.member.wait_for_map(known).await;
+                        self.context.wait_for_map(known).await;
                         Ok(())
                     }
                     Ok(meta::MetaOutcome::Rejected(rejection)) => Err(format!("{rejection:?}")),
@@ -268,7 +268,7 @@ impl MembershipSteps {
         node: NodeId,
     ) -> Result<(), String> {
         let now = self
-            .member
+            .context
             .view_now(ASK_TIMEOUT)
             .await
             .map_err(|error| error.to_string())?;
@@ -276,7 +276,7 @@ impl MembershipSteps {
             .groups
             .get(&group)
             .is_some_and(|of| of.wanted().any(|wanted| wanted == (replica, node)));
-        self.member.views().advance(now);
+        self.context.views().advance(now);
         if is_wanted {
             Ok(())
         } else {
@@ -295,13 +295,13 @@ impl MembershipSteps {
         replica: ReplicaId,
         node: NodeId,
     ) -> Result<(), String> {
-        if node == self.member.node {
+        if node == self.context.node {
             return Ok(());
         }
         let there = view.nodes.get(&node).ok_or("the node is not in the view")?;
         let address = &there.address;
         let hosted = self
-            .member
+            .context
             .peers
             .replicas(there, ASK_TIMEOUT)
             .await
@@ -317,7 +317,7 @@ impl MembershipSteps {
             .staying()
             .map(|(_, node)| node.address.clone())
             .collect();
-        self.member
+        self.context
             .peers
             .invite(address, &members, ASK_TIMEOUT)
             .await
@@ -334,7 +334,7 @@ impl MembershipController {
     pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {
         let led = self
             .shared
-            .member
+            .context
             .registry
             .get(group)
             .ok_or("it is not open here")?;
@@ -360,7 +360,7 @@ impl MembershipController {
     pub async fn add(&self, view: &View, group: GroupId, replica: ReplicaId) -> Result<(), String> {
         let led = self
             .shared
-            .member
+            .context
             .registry
             .get(group)
             .ok_or("it is not open here")?;

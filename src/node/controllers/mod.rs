@@ -1,6 +1,6 @@
 //! The controllers: tasks that make what runs match the view, each for one thing, again and again.
 //!
-//! They share a [`Member`](crate::node::member::Member) and nothing else. A controller makes a
+//! They share a [`NodeContext`](crate::node::context::NodeContext) and nothing else. A controller makes a
 //! round, waits, and is ended by its shutdown token; what it decides is decided in `sm`.
 
 pub mod agreement;

@@ -18,8 +18,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::{Identity, Standing};
+use crate::node::context::NodeContext;
 use crate::node::failure_reports::{FailedByNode, failing_nodes, failing_replicas};
-use crate::node::member::Member;
 use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::cluster::meta;
@@ -38,7 +38,7 @@ const CLAIM_SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// Watches the nodes, and plans without those that stay away.
 pub struct NodeReplacement {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     replace_after: Duration,
     /// How long another directory must answer in the place of a node before that node's disk passes
     /// for lost.
@@ -79,9 +79,13 @@ struct DirectoryClaim {
 }
 
 impl NodeReplacement {
-    pub fn new(member: Arc<Member>, replace_after: Duration, lost_disk_after: Duration) -> Self {
+    pub fn new(
+        context: Arc<NodeContext>,
+        replace_after: Duration,
+        lost_disk_after: Duration,
+    ) -> Self {
         Self {
-            member,
+            context,
             replace_after,
             lost_disk_after,
             seen: BTreeMap::new(),
@@ -92,7 +96,7 @@ impl NodeReplacement {
     pub async fn run(mut self, shutdown: &CancellationToken) {
         while pause::waited(shutdown, TICK).await {
             let meta = self
-                .member
+                .context
                 .registry
                 .get(GroupId::META)
                 .filter(|meta| meta.leads());
@@ -100,7 +104,7 @@ impl NodeReplacement {
                 self.seen.clear();
                 continue;
             };
-            let view = self.member.view();
+            let view = self.context.view();
             self.look(&view).await;
             let (seen, replace_after_ms) = (self.seen(), as_ms(self.replace_after));
             if let Some(planned) = next_plan(&view, &seen, replace_after_ms) {
@@ -117,14 +121,14 @@ impl NodeReplacement {
 
     /// Asks the nodes that say so which replicas have failed there.
     async fn ask_failing(&mut self, view: &View) {
-        let member = &self.member;
-        let nodes = member.reports.nodes().into_iter();
+        let context = &self.context;
+        let nodes = context.reports.nodes().into_iter();
         let nodes = nodes.filter_map(|id| Some((id, view.nodes.get(&id)?)));
         let asked = nodes.map(|(id, node)| async move {
-            if id == member.node {
-                return (id, Some(member.failures.told()));
+            if id == context.node {
+                return (id, Some(context.failures.told()));
             }
-            let hosting = member.peers.hosting(node, ASK_TIMEOUT).await.ok();
+            let hosting = context.peers.hosting(node, ASK_TIMEOUT).await.ok();
             (id, hosting.map(|hosting| hosting.failed))
         });
         let told = join_all(asked).await;
@@ -144,10 +148,10 @@ impl NodeReplacement {
         self.ask_failing(view).await;
         let failing = failing_nodes(&self.failed);
         let is_here =
-            |id: &NodeId| self.member.is_in_reach(*id, HEARD_WITHIN) && !failing.contains(id);
+            |id: &NodeId| self.context.is_in_reach(*id, HEARD_WITHIN) && !failing.contains(id);
         let (here, away): (Vec<NodeId>, Vec<NodeId>) =
             view.staying().map(|(id, _)| id).partition(is_here);
-        let peers = &self.member.peers;
+        let peers = &self.context.peers;
         let asked = away
             .iter()
             .filter_map(|id| Some((*id, view.nodes.get(id)?)))

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::enquiry::takes_connections;
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{Replica, TransferError};
 use crate::sm::reach::should_hand_over;
@@ -42,12 +42,12 @@ const HANDED_OVER_AT_ONCE: usize = 16;
 
 /// Looks for peers in doubt.
 pub struct ReachabilityProbe {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
 }
 
 impl ReachabilityProbe {
-    pub fn new(member: Arc<Member>) -> Self {
-        Self { member }
+    pub fn new(context: Arc<NodeContext>) -> Self {
+        Self { context }
     }
 
     pub async fn run(self, shutdown: &CancellationToken) {
@@ -62,7 +62,7 @@ impl ReachabilityProbe {
 
     /// Looks for the peers in doubt, and again and again for those that were not found.
     async fn look_around(&self) {
-        let reachability = self.member.registry.reachability();
+        let reachability = self.context.registry.reachability();
         loop {
             tokio::select! {
                 biased;
@@ -82,8 +82,8 @@ impl ReachabilityProbe {
     }
 
     async fn look_for(&self, node: NodeId) {
-        let reachability = self.member.registry.reachability();
-        let Some(peer) = self.member.views().resolve(node) else {
+        let reachability = self.context.registry.reachability();
+        let Some(peer) = self.context.views().resolve(node) else {
             reachability.set_unreachable(node, false);
             return;
         };
@@ -93,7 +93,7 @@ impl ReachabilityProbe {
             is_open = is_open || takes_connections(&peer.address, CONNECT_TIMEOUT).await;
         }
         let is_news = reachability.set_unreachable(node, !is_open);
-        let is_heard = self.member.heard_within(node, HEARD_WITHIN);
+        let is_heard = self.context.heard_within(node, HEARD_WITHIN);
         match is_open {
             false if is_news && is_heard => rarely!(
                 warn,
@@ -116,18 +116,18 @@ impl ReachabilityProbe {
         loop {
             tokio::time::sleep(TICK).await;
             given_up.retain(|group| {
-                self.member
+                self.context
                     .registry
                     .get(*group)
                     .is_some_and(|group| group.leads())
             });
-            let cut_off = self.member.registry.reachability().unreachable_from();
+            let cut_off = self.context.registry.reachability().unreachable_from();
             if cut_off.is_empty() && given_up.is_empty() {
                 continue;
             }
 
             let led = self
-                .member
+                .context
                 .registry
                 .groups()
                 .into_iter()
@@ -152,10 +152,10 @@ impl ReachabilityProbe {
         let voters = group.watch().borrow().membership.voters.clone();
         let others: Vec<NodeId> = voters
             .into_values()
-            .filter(|node| *node != self.member.node)
+            .filter(|node| *node != self.context.node)
             .collect();
         should_hand_over(&others, cut_off, |node| {
-            self.member.heard_within(node, HEARD_WITHIN)
+            self.context.heard_within(node, HEARD_WITHIN)
         })
     }
 
@@ -189,7 +189,7 @@ impl ReachabilityProbe {
         let deadline = Instant::now() + ASK_TIMEOUT;
         let asked = voters
             .into_iter()
-            .filter(|(_, node)| *node != self.member.node);
+            .filter(|(_, node)| *node != self.context.node);
         join_all(asked.map(|(replica, node)| group.discover_leader(replica, node, deadline))).await;
     }
 }

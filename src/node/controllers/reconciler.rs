@@ -26,9 +26,9 @@ use tokio_util::sync::CancellationToken;
 use super::replica_opener::{ReplicaOpener, ReplicaTasks};
 use super::view_replicas::{is_retired, replicas_of};
 use crate::client::peer::Announcement;
+use crate::node::context::NodeContext;
 use crate::node::join::Joining;
 use crate::node::map_directory::are_maps_condemned;
-use crate::node::member::Member;
 use crate::node::unreadable::tell_unreadable;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{OpenError, ProposeError, Replica};
@@ -68,7 +68,7 @@ const FRESH: Duration = Duration::from_secs(5);
 
 /// Makes what runs match the view.
 pub struct Reconciler {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     joining: Arc<Joining>,
     /// The view that the founder drew up, for a meta group that has none yet.
     first_view: Box<View>,
@@ -123,9 +123,9 @@ pub enum ReadinessGap {
 }
 
 impl Reconciler {
-    pub fn new(member: Arc<Member>, joining: Arc<Joining>, first_view: Box<View>) -> Self {
+    pub fn new(context: Arc<NodeContext>, joining: Arc<Joining>, first_view: Box<View>) -> Self {
         Self {
-            member,
+            context,
             joining,
             first_view,
             started: Instant::now(),
@@ -153,7 +153,7 @@ impl Reconciler {
             let idle = self.tick(&mut pending).await;
             let interval = if idle { TICK_IDLE } else { TICK_BUSY };
             let meta = self
-                .member
+                .context
                 .registry
                 .get(GroupId::META)
                 .map(|meta| meta.watch_applied());
@@ -181,10 +181,10 @@ impl Reconciler {
 
     /// Why this node should not be given requests yet; none: it is ready.
     pub fn unready(&self) -> Option<ReadinessGap> {
-        let view = self.member.view();
+        let view = self.context.view();
         let done = self.done.lock();
         let failed = self
-            .member
+            .context
             .failures
             .now()
             .into_iter()
@@ -195,11 +195,11 @@ impl Reconciler {
                 failure.key, failure.for_time, failure.reason, failure.retry_in
             )));
         }
-        let lack = replicas_of(&view, self.member.node).find_map(|key| {
-            if self.member.registry.witness(key.group).is_some() {
+        let lack = replicas_of(&view, self.context.node).find_map(|key| {
+            if self.context.registry.witness(key.group).is_some() {
                 return None;
             }
-            let Some(group) = self.member.registry.get(key.group) else {
+            let Some(group) = self.context.registry.get(key.group) else {
                 return Some(format!("replica {key} is not open yet"));
             };
             unready_group(&group)
@@ -215,7 +215,7 @@ impl Reconciler {
     /// Why what is asked for a group can't be passed to its leader, though that is heard of.
     fn out_of_reach(&self, group: &Replica) -> Option<String> {
         let status = group.status();
-        let registry = &self.member.registry;
+        let registry = &self.context.registry;
         let leader = status
             .leader
             .filter(|leader| registry.reachability().is_unreachable(*leader))?;
@@ -223,10 +223,11 @@ impl Reconciler {
             .membership
             .voters
             .values()
-            .filter(|node| **node != leader && **node != self.member.node);
+            .filter(|node| **node != leader && **node != self.context.node);
         // Another node passes it on.
         let has_relay = others.any(|node| {
-            self.member.heard_within(*node, HEARD) && !registry.reachability().is_unreachable(*node)
+            self.context.heard_within(*node, HEARD)
+                && !registry.reachability().is_unreachable(*node)
         });
         let group = group.key().group;
         (!has_relay)
@@ -236,14 +237,14 @@ impl Reconciler {
     /// One round over everything. True: there was nothing to do.
     async fn tick(&self, pending: &mut PendingTasks) -> bool {
         self.follow_view().await;
-        let view = self.member.view();
+        let view = self.context.view();
         let PendingTasks { wipes, opener } = pending;
         let mut idle = self.wipe_retired(&view, wipes, opener);
         idle &= opener
-            .open(&self.member, &view, |key| wipes.tasks.has(key))
+            .open(&self.context, &view, |key| wipes.tasks.has(key))
             .await;
         self.look_at_maps();
-        for group in self.member.registry.groups() {
+        for group in self.context.registry.groups() {
             idle &= self.ensure_initialized(&view, &group).await;
             if group.key().group.is_meta() {
                 idle &= self.ensure_meta(&view, &group).await;
@@ -257,7 +258,7 @@ impl Reconciler {
 
     /// Sees whether only another process can mend what has failed.
     fn look_at_maps(&self) {
-        let failed = self.member.failures.counts().now;
+        let failed = self.context.failures.counts().now;
         if failed.is_empty() {
             return;
         }
@@ -271,7 +272,7 @@ impl Reconciler {
 
     /// Takes the view that the meta replica of this node has applied.
     async fn follow_view(&self) {
-        let Some(meta) = self.member.registry.get(GroupId::META) else {
+        let Some(meta) = self.context.registry.get(GroupId::META) else {
             return;
         };
         let applied = meta.status().applied;
@@ -287,11 +288,11 @@ impl Reconciler {
                 return;
             }
         };
-        self.member.views().advance(view);
+        self.context.views().advance(view);
         let (joining, view, node) = (
             Arc::clone(&self.joining),
-            self.member.view(),
-            self.member.node,
+            self.context.view(),
+            self.context.node,
         );
         match tokio::task::spawn_blocking(move || joining.stamp_member(node, &view)).await {
             Ok(Ok(())) => self.done.lock().meta_applied = applied,
@@ -321,7 +322,7 @@ impl Reconciler {
                 }
             }
         }
-        let hosted: BTreeSet<ReplicaKey> = replicas_of(view, self.member.node).collect();
+        let hosted: BTreeSet<ReplicaKey> = replicas_of(view, self.context.node).collect();
         let rests = |key: &ReplicaKey| {
             wipes
                 .failed
@@ -335,10 +336,10 @@ impl Reconciler {
             let is_busy = wipes.tasks.has(*key) || opener.are_busy_with(*key) || rests(key);
             is_retired(view, *key) && !is_last_of_meta && !is_busy
         };
-        let stored = self.member.registry.stored();
+        let stored = self.context.registry.stored();
         let to_go: Vec<ReplicaKey> = stored.into_iter().filter(is_to_go).collect();
         for key in to_go {
-            let registry = self.member.registry.clone();
+            let registry = self.context.registry.clone();
             wipes
                 .tasks
                 .begin(key, async move { registry.wipe_replica(key).await });
@@ -360,7 +361,7 @@ impl Reconciler {
         };
         let home = view.groups.get(&key.group).map(|group| group.home);
         let mine = creation.contains_key(&key.replica);
-        let first = home == Some(self.member.node)
+        let first = home == Some(self.context.node)
             || home.is_none_or(|home| !creation.values().any(|node| *node == home));
         if mine
             && (first || self.started.elapsed() > INITIALIZE_AFTER)
@@ -399,7 +400,7 @@ impl Reconciler {
         }
         if !self.announced(view) && self.may_announce() {
             match self
-                .member
+                .context
                 .take_address(self.announcement(), PROPOSE_TIMEOUT)
                 .await
             {
@@ -416,7 +417,7 @@ impl Reconciler {
     /// The view names this node as it runs.
     fn announced(&self, view: &View) -> bool {
         let config = self.joining.config();
-        let named = view.nodes.get(&self.member.node);
+        let named = view.nodes.get(&self.context.node);
         let is_named = named.is_some_and(|node| {
             node.address == config.address && node.public_address == config.public_address
         });
@@ -428,15 +429,15 @@ impl Reconciler {
 
     /// Has the meta leader put this node's new address into the view.
     async fn announce(&self, view: &View, leader: NodeId) {
-        let Some(leader) = self.member.views().resolve(leader) else {
+        let Some(leader) = self.context.views().resolve(leader) else {
             return;
         };
         let announcement = Announcement {
-            cluster: self.member.cluster,
+            cluster: self.context.cluster,
             command: self.announcement(),
         };
         match self
-            .member
+            .context
             .peers
             .announce(&leader.address, &announcement, PROPOSE_TIMEOUT)
             .await
@@ -474,12 +475,12 @@ impl Reconciler {
                 "the view has node {by} at {address}, where this node ({}) runs now: {times} \
                  announcements were rejected. Start {by} where it is to be; if it is gone for \
                  good, remove it with 'quorate cluster remove {address}'",
-                self.member.node
+                self.context.node
             ),
             rejection => {
                 let known = view
                     .nodes
-                    .get(&self.member.node)
+                    .get(&self.context.node)
                     .map_or("no address", |node| node.address.as_str());
                 tracing::warn!(
                     "the view has this node at {known} and not at {own}: {times} announcements \
@@ -505,7 +506,7 @@ impl Reconciler {
     fn announcement(&self) -> meta::MetaCommand {
         let config = self.joining.config();
         meta::MetaCommand::Announce {
-            node: self.member.node,
+            node: self.context.node,
             directory: self.joining.directory_id(),
             address: config.address.clone(),
             public_address: config.public_address.clone(),

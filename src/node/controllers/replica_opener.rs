@@ -1,5 +1,5 @@
 //! [`ReplicaOpener`]: opens the replicas that the view gives this node; one that could not be
-//! opened, or has stopped, again after a pause. `failures` knows which those are, and how long each
+//! opened, or has stopped, again after a pause. `replica_failures` knows which those are, and how long each
 //! rests.
 //!
 //! What has failed before is opened beside everything else, since it may read a whole map each
@@ -12,8 +12,8 @@ use std::time::Duration;
 use tokio::task::{Id, JoinError, JoinSet};
 
 use super::view_replicas::{may_create, replicas_of};
-use crate::node::failures::Failures;
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
+use crate::node::replica_failures::ReplicaFailures;
 use crate::raft::{OpenError, Registry};
 use crate::sm::cluster::view::{self, View};
 use crate::sm::recovery::FailureCause;
@@ -87,21 +87,21 @@ impl ReplicaOpener {
     /// nothing to do.
     pub async fn open(
         &mut self,
-        member: &Member,
+        context: &NodeContext,
         view: &View,
         is_wiped: impl Fn(ReplicaKey) -> bool,
     ) -> bool {
-        let failures = &member.failures;
+        let failures = &context.failures;
         while let Some((key, ended)) = self.tasks.try_ended() {
             let opened = ended.unwrap_or_else(|error| Err(OpenError::Raft(error.to_string())));
-            note(member, key, opened);
+            note(context, key, opened);
         }
-        let wanted: BTreeSet<ReplicaKey> = replicas_of(view, member.node).collect();
+        let wanted: BTreeSet<ReplicaKey> = replicas_of(view, context.node).collect();
         failures.retain(&wanted);
 
         let mut is_idle = true;
-        for key in replicas_of(view, member.node) {
-            if self.tasks.has(key) || is_wiped(key) || !is_to_be_opened(member, failures, key) {
+        for key in replicas_of(view, context.node) {
+            if self.tasks.has(key) || is_wiped(key) || !is_to_be_opened(context, failures, key) {
                 continue;
             }
             let Some(group) = view.groups.get(&key.group) else {
@@ -110,10 +110,10 @@ impl ReplicaOpener {
             let kind = OpenAs::of(group, key);
             is_idle = false;
             if !failures.has_failed_before(key) {
-                note(member, key, kind.open(&member.registry, key).await);
+                note(context, key, kind.open(&context.registry, key).await);
                 continue;
             }
-            let registry = Arc::clone(&member.registry);
+            let registry = Arc::clone(&context.registry);
             self.tasks.begin(key, async move {
                 let closed = tokio::time::timeout(CLOSE_TIMEOUT, registry.close_failed(key)).await;
                 closed
@@ -137,15 +137,15 @@ impl ReplicaOpener {
 }
 
 /// Notes how a replica is. Returns whether it is to be opened now.
-fn is_to_be_opened(member: &Member, failures: &Failures, key: ReplicaKey) -> bool {
-    match look(&member.registry, key) {
+fn is_to_be_opened(context: &NodeContext, failures: &ReplicaFailures, key: ReplicaKey) -> bool {
+    match look(&context.registry, key) {
         ReplicaPresence::Runs => {
             failures.runs(key);
             false
         }
         ReplicaPresence::InTheWay => false,
         ReplicaPresence::Stopped(reason) if failures.of(key).is_none() => {
-            let is_given_up = member.registry.maps_given_up().is_some();
+            let is_given_up = context.registry.maps_given_up().is_some();
             let cause = if is_given_up {
                 FailureCause::Database
             } else {
@@ -175,20 +175,20 @@ fn look(registry: &Registry, key: ReplicaKey) -> ReplicaPresence {
 }
 
 /// Notes what became of opening a replica.
-fn note(member: &Member, key: ReplicaKey, opened: Result<(), OpenError>) {
+fn note(context: &NodeContext, key: ReplicaKey, opened: Result<(), OpenError>) {
     let error = match opened {
         Ok(()) | Err(OpenError::ShuttingDown | OpenError::AlreadyOpen(_)) => return,
         Err(error) => error,
     };
     let cause = match error.cause() {
         FailureCause::DiskFull | FailureCause::Other
-            if member.registry.maps_given_up().is_some() =>
+            if context.registry.maps_given_up().is_some() =>
         {
             FailureCause::Database
         }
         cause => cause,
     };
-    member
+    context
         .failures
         .failed(key, cause, format!("it cannot be opened: {error}"));
 }

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::protocol::{ScrubDamage, ScrubStatus};
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;
 use crate::sm::scrub::{ScrubKind, first_after_ms, next_after_ms, rest_ms};
@@ -203,7 +203,7 @@ impl ScrubCounts {
 
 /// Begins scrubs.
 pub struct Scrubber {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     log: Log,
     scrubs: Arc<Scrubs>,
     every: Duration,
@@ -211,9 +211,9 @@ pub struct Scrubber {
 
 impl Scrubber {
     /// `every`: zero for never.
-    pub fn new(member: Arc<Member>, log: Log, scrubs: Arc<Scrubs>, every: Duration) -> Self {
+    pub fn new(context: Arc<NodeContext>, log: Log, scrubs: Arc<Scrubs>, every: Duration) -> Self {
         Self {
-            member,
+            context,
             log,
             scrubs,
             every,
@@ -235,9 +235,9 @@ impl Scrubber {
             }
             let is_due = due.is_some_and(|due| due <= Instant::now());
             if running.is_none() && (is_due || self.scrubs.lock().is_asked) {
-                let parts = (self.member.clone(), self.log.clone(), self.scrubs.clone());
+                let parts = (self.context.clone(), self.log.clone(), self.scrubs.clone());
                 let pass = Pass {
-                    member: parts.0,
+                    context: parts.0,
                     log: parts.1,
                     scrubs: parts.2,
                     shutdown: shutdown.clone(),
@@ -272,7 +272,7 @@ fn after(ms: u64) -> Instant {
 
 /// One scrub.
 struct Pass {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     log: Log,
     scrubs: Arc<Scrubs>,
     shutdown: CancellationToken,
@@ -290,7 +290,7 @@ impl Pass {
 
     /// Returns about how many bytes there are to be read.
     fn bytes_total(&self) -> u64 {
-        let maps = self.member.registry.groups();
+        let maps = self.context.registry.groups();
         let maps = maps
             .iter()
             .map(|group| group.snapshot_bytes() + group.state().map_bytes());
@@ -313,7 +313,7 @@ impl Pass {
         }
         // A replica that stops meanwhile can be opened again only once nobody holds it: each is
         // looked up when its turn comes.
-        let registry = &self.member.registry;
+        let registry = &self.context.registry;
         let witnesses: Vec<GroupId> = registry
             .witnesses()
             .iter()
@@ -383,7 +383,7 @@ impl Pass {
 
         for _ in 0..REBUILT_LOOKS {
             let runs = self
-                .member
+                .context
                 .registry
                 .get(key.group)
                 .is_some_and(|group| group.key() != key || group.failure().is_none());
@@ -478,7 +478,7 @@ impl Pass {
     }
 
     async fn let_go_of(&self, key: ReplicaKey, upto: u64) {
-        let registry = &self.member.registry;
+        let registry = &self.context.registry;
         if let Some(group) = registry.get(key.group).filter(|group| group.key() == key) {
             let covers = || {
                 group

@@ -18,8 +18,8 @@ use super::group_tasks::GroupTasks;
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
-use crate::node::access::Access;
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
+use crate::node::local_shards::LocalShards;
 use crate::node::move_destination::wait_ample_room;
 use crate::node::platform::{Platform, Stepped};
 use crate::node::unreadable::tell_unreadable;
@@ -81,9 +81,9 @@ pub struct SlotMoveController {
 }
 
 struct MoveDriver {
-    member: Arc<Member>,
-    machine: Arc<dyn Platform>,
-    access: Access,
+    context: Arc<NodeContext>,
+    platform: Arc<dyn Platform>,
+    access: LocalShards,
     /// Shards that open no move before this.
     not_before: Mutex<BTreeMap<GroupId, Instant>>,
     /// In which term nothing was left over in a shard's map from moves that have ended.
@@ -92,11 +92,14 @@ struct MoveDriver {
 }
 
 impl SlotMoveController {
-    pub fn new(member: Arc<Member>, machine: Arc<dyn Platform>) -> Self {
-        let (access, tasks) = (Access::new(member.clone()), GroupTasks::new(&member, TICK));
+    pub fn new(context: Arc<NodeContext>, platform: Arc<dyn Platform>) -> Self {
+        let (access, tasks) = (
+            LocalShards::new(context.clone()),
+            GroupTasks::new(&context, TICK),
+        );
         let shared = MoveDriver {
-            member,
-            machine,
+            context,
+            platform,
             access,
             not_before: Mutex::default(),
             clean: Mutex::default(),
@@ -112,7 +115,7 @@ impl SlotMoveController {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         while self.tasks.are_due(shutdown).await {
-            let view = self.shared.member.view();
+            let view = self.shared.context.view();
             if self.sources.0 != view.version {
                 self.sources = (
                     view.version,
@@ -126,7 +129,7 @@ impl SlotMoveController {
                     self.shared.lock_clean().remove(&shard);
                 }
             }
-            for group in self.shared.member.registry.groups() {
+            for group in self.shared.context.registry.groups() {
                 let id = group.key().group;
                 if !id.is_meta() && group.leads() && !self.tasks.is_busy(id) {
                     self.begin(&view, group);
@@ -220,14 +223,14 @@ impl MoveDriver {
     /// Opens a move of slots that should be elsewhere.
     async fn open(&self, group: &Replica) {
         let from = group.key().group;
-        let view = self.member.view();
+        let view = self.context.view();
         let (to, slots) = match next_slots(group, &view).await {
             Ok(Some(chosen)) => chosen,
             Ok(None) => return,
             Err(error) => return tell_unreadable(group, &error),
         };
         match self
-            .member
+            .context
             .tell_meta(
                 meta::MetaCommand::OpenMove { slots, from, to },
                 STEP_TIMEOUT,
@@ -236,7 +239,7 @@ impl MoveDriver {
         {
             Ok(meta::MetaOutcome::MoveOpened { id }) => {
                 tracing::debug!("move {id} from shard {from} to {to} is open");
-                self.machine.stepped(Stepped::Opened { from, to }).await;
+                self.platform.stepped(Stepped::Opened { from, to }).await;
             }
             Ok(meta::MetaOutcome::Rejected(rejection)) => {
                 tracing::debug!("no move from shard {from} to {to} was opened: {rejection:?}");
@@ -249,7 +252,7 @@ impl MoveDriver {
             }
         }
         // The view with it is on its way.
-        self.member.wait_for_map(view.version).await;
+        self.context.wait_for_map(view.version).await;
     }
 
     /// Takes steps until the move has ended, or this replica leads no more.
@@ -271,7 +274,7 @@ impl MoveDriver {
                 StepError::Later(reason) => tracing::debug!("move {} waits: {reason}", of.id),
                 StepError::Broken(error) => return tell_unreadable(group, &error),
             }
-            if !self.member.view().moves.contains_key(&of.id) {
+            if !self.context.view().moves.contains_key(&of.id) {
                 return;
             }
             tokio::time::sleep(WAIT).await;
@@ -294,7 +297,7 @@ impl MoveDriver {
         };
         let waited = begun.elapsed();
         let has_ended = self.take(group, of, &step, drive).await?;
-        self.machine
+        self.platform
             .stepped(Stepped::Moved { of, step: &step })
             .await;
         if turn.is_some() {
@@ -366,7 +369,7 @@ impl MoveDriver {
                     .end(of, meta::MetaCommand::CommitMove { id: of.id })
                     .await?
                 {
-                    self.member.moves.count_move(of.slots.len());
+                    self.context.moves.count_move(of.slots.len());
                 }
                 return Ok(true);
             }
@@ -394,7 +397,7 @@ impl MoveDriver {
                     self.send(group, of, side, command, drive).await?;
                 }
                 if let (MoveStep::Activate, Some(since)) = (step, drive.frozen) {
-                    self.member.moves.count_freeze(since.elapsed());
+                    self.context.moves.count_freeze(since.elapsed());
                 }
             }
         }
@@ -402,7 +405,7 @@ impl MoveDriver {
     }
 
     fn budget(&self, of: &Move, drive: &DriveState) -> MoveLimits {
-        let view = self.member.view();
+        let view = self.context.view();
         MoveLimits {
             freeze_bytes_max: FREEZE_BYTES_MAX,
             freeze_now: drive
@@ -444,7 +447,7 @@ impl MoveDriver {
             drive,
         )
         .await?;
-        self.member.moves.count_chunk(bytes);
+        self.context.moves.count_chunk(bytes);
         Ok(())
     }
 
@@ -531,8 +534,8 @@ impl MoveDriver {
 
     /// Has the meta group end the move. False: it had ended before.
     async fn end(&self, of: &Move, command: meta::MetaCommand) -> Result<bool, StepError> {
-        let known = self.member.view().version;
-        let is_news = match self.member.tell_meta(command, STEP_TIMEOUT).await {
+        let known = self.context.view().version;
+        let is_news = match self.context.tell_meta(command, STEP_TIMEOUT).await {
             Ok(meta::MetaOutcome::Done) => true,
             Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::NoSuchMove(_))) => false,
             Ok(other) => {
@@ -548,7 +551,7 @@ impl MoveDriver {
             of.slots.len(),
             of.to
         );
-        self.member.wait_for_map(known).await;
+        self.context.wait_for_map(known).await;
         Ok(is_news)
     }
 
@@ -586,7 +589,7 @@ impl MoveDriver {
     }
 
     fn has_more_to_move(&self, shard: GroupId) -> bool {
-        let view = self.member.view();
+        let view = self.context.view();
         view.moves.values().any(|open| open.from == shard)
             || view
                 .misplaced_slots()
@@ -621,7 +624,7 @@ impl MoveDriver {
                 .await
             {
                 Ok(KvOutcome::Moved(MoveOutcome::Cleared { .. })) => {
-                    self.machine.stepped(Stepped::Cleared { shard }).await;
+                    self.platform.stepped(Stepped::Cleared { shard }).await;
                     tokio::time::sleep((begun.elapsed() * CLEAR_RESTS).min(REST_MAX)).await;
                 }
                 other => {

@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::Standing;
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::sm::cluster::view::View;
 use crate::supervisor;
 use crate::types::{Address, GroupId};
@@ -34,7 +34,7 @@ const ELSEWHERE_MAX: usize = ASKED_MAX / 2;
 
 /// Asks around when the meta group is silent.
 pub struct StaleViewRefresh {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     /// Where else to ask: members that retired nodes told of.
     elsewhere: Mutex<BTreeSet<Address>>,
     /// The view that does not have this node.
@@ -45,9 +45,9 @@ pub struct StaleViewRefresh {
 }
 
 impl StaleViewRefresh {
-    pub fn new(member: Arc<Member>) -> Self {
+    pub fn new(context: Arc<NodeContext>) -> Self {
         Self {
-            member,
+            context,
             elsewhere: Mutex::default(),
             without_us: Mutex::default(),
             retired: CancellationToken::new(),
@@ -89,7 +89,7 @@ impl StaleViewRefresh {
     }
 
     fn is_silent(&self) -> bool {
-        let Some(meta) = self.member.registry.get(GroupId::META) else {
+        let Some(meta) = self.context.registry.get(GroupId::META) else {
             return true;
         };
         let status = meta.status();
@@ -103,21 +103,21 @@ impl StaleViewRefresh {
     }
 
     async fn ask(&self) {
-        let known = self.member.view();
+        let known = self.context.view();
         let elsewhere = std::mem::take(&mut *self.elsewhere.lock());
         let others = known
             .nodes
             .iter()
-            .filter(|(id, _)| **id != self.member.node)
+            .filter(|(id, _)| **id != self.context.node)
             .map(|(_, node)| node.address.clone());
         let asked = choose(elsewhere, others.collect());
         let answers = asked
             .iter()
-            .map(|address| self.member.peers.identity(address, ASK_TIMEOUT));
+            .map(|address| self.context.peers.identity(address, ASK_TIMEOUT));
         let mut newest: Option<Box<View>> = None;
         for identity in join_all(answers).await.into_iter().flatten() {
             match identity.standing {
-                Standing::Member { view } if view.cluster == self.member.cluster => {
+                Standing::Member { view } if view.cluster == self.context.cluster => {
                     if newest
                         .as_ref()
                         .is_none_or(|newest| view.version > newest.version)
@@ -125,7 +125,7 @@ impl StaleViewRefresh {
                         newest = Some(view);
                     }
                 }
-                Standing::Retired { cluster, members } if cluster == self.member.cluster => {
+                Standing::Retired { cluster, members } if cluster == self.context.cluster => {
                     self.add_elsewhere(members);
                 }
                 Standing::Member { .. }
@@ -146,12 +146,12 @@ impl StaleViewRefresh {
     }
 
     fn take(&self, view: Box<View>) {
-        if view.nodes.contains_key(&self.member.node) {
+        if view.nodes.contains_key(&self.context.node) {
             tracing::info!(
                 "heard of a newer view, version {}, from another node",
                 view.version
             );
-            self.member.views().advance(*view);
+            self.context.views().advance(*view);
             return;
         }
         tracing::warn!(

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::node::member::Member;
+use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::ReplicaPosition;
 use crate::sm::stalls::{
@@ -81,7 +81,7 @@ impl Findings {
 
 /// Looks at the parts of a node.
 pub struct Watchdog {
-    member: Arc<Member>,
+    context: Arc<NodeContext>,
     log: Log,
     states: Arc<MapStore>,
     supervisor: Supervisor,
@@ -104,14 +104,14 @@ pub struct Watchdog {
 
 impl Watchdog {
     pub fn new(
-        member: Arc<Member>,
+        context: Arc<NodeContext>,
         log: Log,
         states: Arc<MapStore>,
         supervisor: Supervisor,
         findings: Arc<Findings>,
     ) -> Self {
         Self {
-            member,
+            context,
             log,
             states,
             supervisor,
@@ -150,7 +150,7 @@ impl Watchdog {
 
     /// Hands over what is led here, as far as this node still can, and ends it.
     async fn end(&self, ended: &ProcessEnd) {
-        let handed = self.member.registry.hand_over(HAND_OVER_TIMEOUT);
+        let handed = self.context.registry.hand_over(HAND_OVER_TIMEOUT);
         drop(tokio::time::timeout(HAND_OVER_TIMEOUT * 2, handed).await);
         self.supervisor.end(ended);
     }
@@ -163,7 +163,7 @@ impl Watchdog {
         self.ticks += 1;
         while self.stepping_down.try_join_next().is_some() {}
 
-        let progress = self.member.registry.progress();
+        let progress = self.context.registry.progress();
         let (of_log, log_hangs) = self.look_at_log(&progress);
         let of_checkpointer = self.look_at_checkpointer(log_hangs);
         let mut stalled = of_log.or(of_checkpointer);
@@ -283,7 +283,7 @@ impl Watchdog {
     /// Has another replica lead the group, if one is known to be faster.
     fn step_down(&mut self, id: GroupId, cause: StepDownCause, held_up: &ReplicaStalls) {
         // A witness that leads hands over anyway.
-        let Some(group) = self.member.registry.get(id) else {
+        let Some(group) = self.context.registry.get(id) else {
             return;
         };
         let successor = match cause {

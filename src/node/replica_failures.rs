@@ -1,4 +1,4 @@
-//! [`Failures`]: which replicas of this node do not run, why and since when, and when each is tried
+//! [`ReplicaFailures`]: which replicas of this node do not run, why and since when, and when each is tried
 //! again. How long that takes is decided in `sm::recovery`; `reconciler` notes here what it meets,
 //! and status, metrics and readiness are told from here.
 //!
@@ -24,7 +24,7 @@ const TOLD_AT_ONCE_MAX: u32 = 16;
 
 /// The replicas of this node that do not run, or have begun to again.
 #[derive(Default)]
-pub struct Failures(Mutex<FailureLedger>);
+pub struct ReplicaFailures(Mutex<FailureLedger>);
 
 #[derive(Default)]
 struct FailureLedger {
@@ -72,7 +72,7 @@ pub struct FailureCounts {
     pub recovered_total: u64,
 }
 
-impl Failures {
+impl ReplicaFailures {
     /// Notes that a replica could not be opened, or has stopped.
     pub fn failed(&self, key: ReplicaKey, cause: FailureCause, reason: String) {
         let now = Instant::now();
@@ -282,7 +282,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_fails_is_tried_again_more_and_more_rarely_and_told_since_when() {
-        let failures = Failures::default();
+        let failures = ReplicaFailures::default();
         assert!(failures.is_due(KEY));
         for pause_ms in [250, 500, 1000, 2000] {
             failures.failed(KEY, FailureCause::Other, "why".to_owned());
@@ -305,7 +305,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_that_runs_for_a_moment_only_goes_on_where_it_was() {
-        let failures = Failures::default();
+        let failures = ReplicaFailures::default();
         for _ in 0..4 {
             failures.failed(KEY, FailureCause::Other, "why".to_owned());
         }
@@ -347,7 +347,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_not_of_this_node_any_more_is_forgotten() {
-        let failures = Failures::default();
+        let failures = ReplicaFailures::default();
         failures.failed(KEY, FailureCause::Damaged, "why".to_owned());
         assert_eq!(failures.told().len(), 1);
         failures.retain(&BTreeSet::new());

@@ -1,7 +1,7 @@
 //! A node that belongs to a cluster: the view as it knows it, its replicas, and whom to ask about
 //! the others.
 //!
-//! [`Member`] is what the other parts of `node` share. It decides nothing: the view comes from the
+//! [`NodeContext`] is what the other parts of `node` share. It decides nothing: the view comes from the
 //! node's own meta replica (set by `reconciler`), leaders from its own replicas, or from what
 //! others answered (hints, which may be wrong and are only tried first).
 
@@ -16,10 +16,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::failure_reports::FailureReports;
-use super::failures::Failures;
 use super::full_disks::FullDisks;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
+use super::replica_failures::ReplicaFailures;
 use crate::client::call::ShardCaller;
 use crate::client::peer::{
     Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError,
@@ -64,7 +64,7 @@ const LAGGING_ENTRIES: u64 = 1000;
 const ENDS_MAX: usize = 256;
 
 /// A node of a cluster.
-pub struct Member {
+pub struct NodeContext {
     pub cluster: ClusterId,
     pub node: NodeId,
     /// What clients are sent to for this node.
@@ -73,7 +73,7 @@ pub struct Member {
     pub caller: ShardCaller,
     pub peers: PeerCaller,
     pub moves: MoveCounters,
-    pub failures: Failures,
+    pub failures: ReplicaFailures,
     pub reports: FailureReports,
     pub full_disks: FullDisks,
     /// Since when this node has listened to others.
@@ -82,7 +82,7 @@ pub struct Member {
     differed: Mutex<BTreeMap<GroupId, u64>>,
     joining: Arc<Joining>,
     views: Arc<Views>,
-    hints: Mutex<HashMap<GroupId, Hint>>,
+    hints: Mutex<HashMap<GroupId, ShardHint>>,
     status: tokio::sync::Mutex<Option<(Instant, ClusterStatus)>>,
 }
 
@@ -103,7 +103,7 @@ pub struct Views {
 
 /// What was heard about a shard that this node has no replica of, or does not lead.
 #[derive(Debug, Default)]
-struct Hint {
+struct ShardHint {
     leader: Option<NodeId>,
     /// When it showed that it leads, and the vote that this node's replica had given by then, if it
     /// has one.
@@ -257,7 +257,7 @@ impl Resolver for Views {
     }
 }
 
-impl Member {
+impl NodeContext {
     pub fn new(
         node: NodeId,
         joining: Arc<Joining>,
@@ -276,7 +276,7 @@ impl Member {
             caller,
             peers,
             moves: MoveCounters::default(),
-            failures: Failures::default(),
+            failures: ReplicaFailures::default(),
             reports: FailureReports::default(),
             full_disks: FullDisks::default(),
             began_at: Instant::now(),
@@ -416,7 +416,7 @@ impl Member {
     }
 
     /// The other nodes that may lead a shard, each once: the likeliest first, those behind the rest
-    /// that [`Member::peer_for`] would only ask if there were no other, and none that can't be
+    /// that [`NodeContext::peer_for`] would only ask if there were no other, and none that can't be
     /// connected to.
     pub fn peers_of(&self, shard: GroupId) -> Vec<PeerPlace> {
         let mut candidates = self.candidates(shard);
@@ -593,7 +593,7 @@ impl Member {
     ///
     /// # Errors
     ///
-    /// As of [`Member::tell_meta`].
+    /// As of [`NodeContext::tell_meta`].
     pub async fn take_address(
         &self,
         announce: meta::MetaCommand,

@@ -1,7 +1,7 @@
 //! How a node reaches shards: it answers for those that it leads (or, for stale reads, has a
 //! replica of), and forwards the rest.
 //!
-//! [`Access`] is the [`ShardAccess`] under a node's router; [`Access::answer`] also answers
+//! [`LocalShards`] is the [`ShardAccess`] under a node's router; [`LocalShards::answer`] also answers
 //! `POST /peer/shard`. The invariant: a linearizable read looks at the map only after a quorum
 //! round that began after the request came, and looks at the slot's ownership and at the data under
 //! one guard. What may wait for the disk is read on another thread.
@@ -12,8 +12,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::context::{NodeContext, PeerPlace};
 use super::locator::Locator;
-use super::member::{Member, PeerPlace};
 use super::move_destination;
 use super::operator::Operator;
 use super::unreadable::tell_unreadable;
@@ -62,20 +62,20 @@ const DOUBT_AFTER: Duration = Duration::from_millis(300);
 const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 
 /// How a node reaches shards.
-pub struct Access {
-    member: Arc<Member>,
+pub struct LocalShards {
+    context: Arc<NodeContext>,
     contacts: Contacts,
     locator: Locator,
     operator: Operator,
 }
 
-impl Access {
-    pub fn new(member: Arc<Member>) -> Self {
-        let contacts = Contacts::new(member.caller.clone());
-        let locator = Locator::new(member.clone());
-        let operator = Operator::new(member.clone());
+impl LocalShards {
+    pub fn new(context: Arc<NodeContext>) -> Self {
+        let contacts = Contacts::new(context.caller.clone());
+        let locator = Locator::new(context.clone());
+        let operator = Operator::new(context.clone());
         Self {
-            member,
+            context,
             contacts,
             locator,
             operator,
@@ -85,12 +85,12 @@ impl Access {
     /// Answers a request of a peer or client for a shard that this node should lead. As a relay it
     /// passes the request on if it does not.
     pub async fn answer(&self, request: ShardRequest, hop: Hop) -> ShardReply {
-        if let Err(refusal) = self.member.ensure_ours(request.cluster) {
+        if let Err(refusal) = self.context.ensure_ours(request.cluster) {
             return ShardReply::Failed(refusal);
         }
         let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
         let local = self
-            .member
+            .context
             .registry
             .get(request.shard)
             .filter(|_| !request.shard.is_meta());
@@ -212,7 +212,7 @@ impl Access {
     }
 
     fn answers(&self) -> &Arc<Budget> {
-        self.member.caller.answers()
+        self.context.caller.answers()
     }
 
     /// Does a write, or answers one that only reads: that takes no entry.
@@ -259,7 +259,7 @@ impl Access {
     ///
     /// Only where something moves: else the slots are here, and the map need not be looked at.
     async fn refused(&self, group: &Replica, write: &kv::Write) -> Option<kv::WriteRejection> {
-        let (view, shard) = (self.member.view(), group.key().group);
+        let (view, shard) = (self.context.view(), group.key().group);
         let moves = |held: &SlotMove| held.from == shard || held.to == shard;
         let stays = view.groups.get(&shard).is_some_and(|group| !group.draining);
         if stays && !view.moves.values().any(moves) {
@@ -313,7 +313,7 @@ impl Access {
         deadline: Instant,
     ) -> Result<PeerPlace, Failure> {
         if consistency == Consistency::Stale {
-            return self.member.peer_for(shard).ok_or_else(|| {
+            return self.context.peer_for(shard).ok_or_else(|| {
                 unavailable(format!(
                     "no other node is known to have a replica of shard {shard:#}"
                 ))
@@ -321,14 +321,14 @@ impl Access {
         }
         let found = self.locator.find(shard, deadline).await;
         let is_open =
-            |leader: &NodeId| !self.member.registry.reachability().is_unreachable(*leader);
+            |leader: &NodeId| !self.context.registry.reachability().is_unreachable(*leader);
         let direct = found
             .filter(is_open)
-            .filter(|leader| *leader != self.member.node)
-            .and_then(|leader| self.member.place_of(leader, Hop::Answer));
+            .filter(|leader| *leader != self.context.node)
+            .and_then(|leader| self.context.place_of(leader, Hop::Answer));
         let around = || {
-            let is_here = found == Some(self.member.node);
-            let peer = self.member.peer_for(shard).filter(|_| !is_here);
+            let is_here = found == Some(self.context.node);
+            let peer = self.context.peer_for(shard).filter(|_| !is_here);
             peer.filter(|peer| peer.hop == Hop::Relay)
         };
         direct.or_else(around).ok_or_else(|| self.no_leader(shard))
@@ -351,7 +351,7 @@ impl Access {
             left.min((left / 2).max(READ_ATTEMPT_MIN))
         };
         let request = ShardRequest {
-            cluster: self.member.cluster,
+            cluster: self.context.cluster,
             shard,
             timeout_ms: time_to_answer_ms(timeout),
             body,
@@ -359,8 +359,8 @@ impl Access {
         match self.call(&peer, &request, timeout).await {
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
                 match peer.hop {
-                    Hop::Answer => self.member.learn_leader(shard, &address),
-                    Hop::Relay => self.member.forget_leader(shard, peer.node),
+                    Hop::Answer => self.context.learn_leader(shard, &address),
+                    Hop::Relay => self.context.forget_leader(shard, peer.node),
                 }
                 // No client is sent to whom another node names.
                 ShardReply::Failed(unavailable(format!(
@@ -369,7 +369,7 @@ impl Access {
             }
             // It leads nobody, or has stopped: the others are asked before it.
             Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => {
-                self.member.forget_leader(shard, peer.node);
+                self.context.forget_leader(shard, peer.node);
                 ShardReply::Failed(failure)
             }
             Ok(reply) => {
@@ -378,12 +378,12 @@ impl Access {
                     && peer.hop == Hop::Answer
                     && !matches!(reply, ShardReply::Failed(_))
                 {
-                    self.member.note_leader(shard, peer.node);
+                    self.context.note_leader(shard, peer.node);
                 }
                 reply
             }
             Err(error) => {
-                self.member.forget_leader(shard, peer.node);
+                self.context.forget_leader(shard, peer.node);
                 ShardReply::Failed(call_failure(error, writes))
             }
         }
@@ -413,11 +413,11 @@ impl Access {
         // The leader's own "not in time" is to arrive before it is given up here.
         request.timeout_ms = time_to_answer_ms(timeout);
         // Perhaps nobody can, and then it should be told so soon.
-        self.member.registry.reachability().suspect(peer.node);
+        self.context.registry.reachability().suspect(peer.node);
         match self.call(&peer, &request, timeout).await {
             Ok(reply) => reply,
             Err(error) => {
-                self.member.forget_leader(shard, peer.node);
+                self.context.forget_leader(shard, peer.node);
                 ShardReply::Failed(call_failure(error, writes))
             }
         }
@@ -432,8 +432,8 @@ impl Access {
         request: &ShardRequest,
         timeout: Duration,
     ) -> Result<ShardReply, CallError> {
-        let reachability = self.member.registry.reachability();
-        let mut call = std::pin::pin!(self.member.caller.call_by(
+        let reachability = self.context.registry.reachability();
+        let mut call = std::pin::pin!(self.context.caller.call_by(
             peer.hop,
             &peer.address,
             request,
@@ -488,7 +488,7 @@ impl Access {
             ProposeError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
             ProposeError::Expired => unavailable(format!(
                 "shard {shard:#} had no time left to begin it{}",
-                self.member.missing_of(shard)
+                self.context.missing_of(shard)
             )),
             ProposeError::Stopped { reason } => unavailable(format!(
                 "the replica of shard {shard:#} on this node has stopped: {reason}"
@@ -502,13 +502,16 @@ impl Access {
             ProposeError::NoRoom { reason } => Failure::Unavailable {
                 reason: format!(
                     "node {} ({}) takes no writes to shard {shard:#}: {reason}",
-                    self.member.node, self.member.address
+                    self.context.node, self.context.address
                 ),
                 retry_after_ms: NO_ROOM_RETRY_AFTER_MS,
             },
             error @ ProposeError::NotYet { .. } => unavailable(error.to_string()),
             ProposeError::Unknown { reason } => Failure::Unknown {
-                reason: format!("shard {shard:#}: {reason}{}", self.member.missing_of(shard)),
+                reason: format!(
+                    "shard {shard:#}: {reason}{}",
+                    self.context.missing_of(shard)
+                ),
             },
         }
     }
@@ -519,7 +522,7 @@ impl Access {
             ReadError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
             ReadError::Expired => unavailable(format!(
                 "no quorum of shard {shard:#} is in reach{}",
-                self.member.missing_of(shard)
+                self.context.missing_of(shard)
             )),
             ReadError::Stopped { reason } => unavailable(format!(
                 "the replica of shard {shard:#} on this node has stopped: {reason}"
@@ -539,8 +542,10 @@ impl Access {
 
     /// Sends a request to a node, unless that is this one, which begins to lead.
     fn elsewhere_at(&self, shard: GroupId, leader: NodeId) -> Option<Failure> {
-        let map = self.member.map();
-        let address = map.name_of(leader).filter(|_| leader != self.member.node)?;
+        let map = self.context.map();
+        let address = map
+            .name_of(leader)
+            .filter(|_| leader != self.context.node)?;
         Some(Failure::Elsewhere {
             shard,
             address: address.clone(),
@@ -550,13 +555,13 @@ impl Access {
     fn no_leader(&self, shard: GroupId) -> Failure {
         unavailable(format!(
             "shard {shard:#} has no leader now{}",
-            self.member.missing_of(shard)
+            self.context.missing_of(shard)
         ))
     }
 
     /// For a shard without a replica here: who leads it, or at least has a replica.
     fn elsewhere(&self, shard: GroupId) -> Failure {
-        match self.member.peer_for(shard) {
+        match self.context.peer_for(shard) {
             Some(peer) => Failure::Elsewhere {
                 shard,
                 address: peer.name,
@@ -579,13 +584,13 @@ impl Access {
             }
         };
         let Some(leader) = found else {
-            let peer = self.member.peer_for(shard);
+            let peer = self.context.peer_for(shard);
             let is_around = peer.is_some_and(|peer| peer.hop == Hop::Relay);
             return (!is_around).then(|| self.no_leader(shard));
         };
         let failure = self.elsewhere_at(shard, leader);
         let failure = failure.unwrap_or_else(|| self.no_leader(shard));
-        let map = self.member.map();
+        let map = self.context.map();
         let is_shared = match &failure {
             Failure::Elsewhere { address, .. } => !map.is_public(address),
             _ => false,
@@ -594,24 +599,24 @@ impl Access {
     }
 }
 
-impl ShardAccess for Access {
+impl ShardAccess for LocalShards {
     fn answers(&self) -> Arc<Budget> {
-        Arc::clone(self.member.caller.answers())
+        Arc::clone(self.context.caller.answers())
     }
 
     fn map(&self) -> Option<Arc<ShardMap>> {
-        Some(self.member.map())
+        Some(self.context.map())
     }
 
     async fn refresh(&self, older_than: MapVersion) {
-        self.member.wait_for_map(older_than).await;
+        self.context.wait_for_map(older_than).await;
     }
 
     async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let deadline = Instant::now() + options.timeout;
         let stale = options.consistency == Consistency::Stale;
         let local = self
-            .member
+            .context
             .registry
             .get(shard)
             .filter(|group| stale || group.leads());
@@ -635,7 +640,7 @@ impl ShardAccess for Access {
 
     async fn locate(&self, shard: GroupId, options: Options) -> Result<(), Failure> {
         match self
-            .member
+            .context
             .registry
             .get(shard)
             .is_some_and(|group| group.leads())
@@ -646,22 +651,22 @@ impl ShardAccess for Access {
     }
 
     fn this_node(&self) -> Option<NodeId> {
-        Some(self.member.node)
+        Some(self.context.node)
     }
 
     async fn contact(&self, shard: GroupId) -> Option<Address> {
         self.contacts
             .of(
-                &self.member.map(),
+                &self.context.map(),
                 shard,
-                self.member.known_leader(shard),
+                self.context.known_leader(shard),
                 |node| &node.address,
             )
             .await
     }
 
     async fn status(&self) -> Result<ClusterStatus, Failure> {
-        Ok(self.member.status().await)
+        Ok(self.context.status().await)
     }
 
     async fn transfer_leader(
@@ -671,14 +676,14 @@ impl ShardAccess for Access {
         options: Options,
     ) -> Result<Address, Failure> {
         let deadline = Instant::now() + options.timeout;
-        let view = self.member.view();
+        let view = self.context.view();
         let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid {
             reason: format!("there is no shard {shard:#}"),
         })?;
         let node = match &to {
             None => group.home,
             Some(address) => {
-                let named = self.member.map().node_named(address);
+                let named = self.context.map().node_named(address);
                 named.ok_or_else(|| Failure::Invalid {
                     reason: format!("{address} is no node of the view, or several are"),
                 })?
@@ -691,13 +696,13 @@ impl ShardAccess for Access {
                 to.as_ref().map_or("its home", Address::as_str)
             ),
         })?;
-        let local = self.member.registry.get(shard);
+        let local = self.context.registry.get(shard);
         let Some(local) = local.filter(|group| group.leads()) else {
             let found = self.locator.find(shard, deadline).await;
             let elsewhere = found.and_then(|leader| self.elsewhere_at(shard, leader));
             return Err(elsewhere.unwrap_or_else(|| self.no_leader(shard)));
         };
-        if node != self.member.node {
+        if node != self.context.node {
             let transferred =
                 tokio::time::timeout_at(deadline, local.transfer_leader(replica)).await;
             let reason = match transferred {
@@ -711,10 +716,10 @@ impl ShardAccess for Access {
                 )));
             }
         }
-        Ok(view
-            .nodes
-            .get(&node)
-            .map_or_else(|| self.member.address.clone(), |node| node.public().clone()))
+        Ok(view.nodes.get(&node).map_or_else(
+            || self.context.address.clone(),
+            |node| node.public().clone(),
+        ))
     }
 
     async fn change_view(
@@ -727,7 +732,7 @@ impl ShardAccess for Access {
             None => self.operator.change(&change, only_if, options).await,
             Some(leader) => {
                 let asked = view_change::change(
-                    self.member.caller.http(),
+                    self.context.caller.http(),
                     leader,
                     &change,
                     only_if,
@@ -748,7 +753,7 @@ impl ShardAccess for Access {
             None => self.operator.preview(&change, options).await,
             Some(leader) => {
                 let asked =
-                    view_change::plan(self.member.caller.http(), leader, &change, options).await;
+                    view_change::plan(self.context.caller.http(), leader, &change, options).await;
                 asked.map_err(|unsettled| self.of_meta_leader(unsettled))
             }
         }
@@ -763,18 +768,18 @@ impl ShardAccess for Access {
             None => self.operator.operation(id, options).await,
             Some(leader) => {
                 let asked =
-                    view_change::operation(self.member.caller.http(), leader, id, options).await;
+                    view_change::operation(self.context.caller.http(), leader, id, options).await;
                 Ok(asked.map_err(|unsettled| self.of_meta_leader(unsettled))?)
             }
         }
     }
 
     async fn await_change(&self, id: PlanEpoch, at_most: Duration) -> Option<bool> {
-        Some(self.member.hears_of_end(id, at_most).await)
+        Some(self.context.hears_of_end(id, at_most).await)
     }
 }
 
-impl Access {
+impl LocalShards {
     /// Returns the failure as it is told. Where the leader of the meta group, as it is known here,
     /// says nothing, it may be gone: that is not what was asked for, so what the group lacks is
     /// said beside it.
@@ -783,29 +788,29 @@ impl Access {
             Unsettled {
                 by: Speaker::Nobody,
                 failure: ViewChangeFailure::Failed(failure),
-            } => ViewChangeFailure::Failed(self.member.for_want_of_meta(failure)),
+            } => ViewChangeFailure::Failed(self.context.for_want_of_meta(failure)),
             Unsettled { failure, .. } => failure,
         }
     }
 
     /// Where the meta group is led; none: here.
     fn meta_leader(&self) -> Result<Option<Address>, Failure> {
-        let meta = self.member.registry.get(GroupId::META);
+        let meta = self.context.registry.get(GroupId::META);
         let meta = meta.ok_or_else(|| unavailable("the meta group is not open here".to_owned()))?;
         if meta.leads() {
             return Ok(None);
         }
         let is_known = |leader: &NodeId| {
-            *leader != self.member.node && !self.member.registry.is_disconnected(*leader)
+            *leader != self.context.node && !self.context.registry.is_disconnected(*leader)
         };
         let leader = meta.status().leader.filter(is_known);
         let address = leader
-            .and_then(|leader| self.member.views().resolve(leader))
+            .and_then(|leader| self.context.views().resolve(leader))
             .map(|peer| peer.address);
         let none = || {
             format!(
                 "the meta group has no leader now{}",
-                self.member.missing_of(GroupId::META)
+                self.context.missing_of(GroupId::META)
             )
         };
         address.map(Some).ok_or_else(|| unavailable(none()))
