@@ -15,7 +15,7 @@ use super::node_flags::{CONNECTIONS_MAX, connections};
 use super::serve::ServeError;
 use super::servers::local_cluster;
 use super::{EXIT_CODES, signals};
-use crate::client::lookout::Lookout;
+use crate::client::gateway_readiness::GatewayReadiness;
 use crate::client::remote::RemoteStore;
 use crate::http::{
     App, Exposition, Limits, MetricKind, MetricSource, Metrics, NotReady, Readiness, Server,
@@ -132,7 +132,7 @@ pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
     );
     announce(&server.addresses());
     let store = Arc::new(RemoteStore::connect(members)?);
-    let lookout = Arc::new(GatewayHealth(Lookout::new(Arc::clone(&store))));
+    let lookout = Arc::new(GatewayHealth(GatewayReadiness::new(Arc::clone(&store))));
     let metrics = Arc::new(Metrics::new(vec![server.stats(), lookout.clone()]));
     let app = App::new(store, lookout.clone(), metrics, None, limits.clone());
     let stop = CancellationToken::new();
@@ -160,8 +160,8 @@ fn announce(addresses: &[SocketAddr]) {
     drop(written.and_then(|()| output.flush()));
 }
 
-/// A [`Lookout`] as the HTTP side sees it.
-struct GatewayHealth(Lookout);
+/// A [`GatewayReadiness`] as the HTTP side sees it.
+struct GatewayHealth(GatewayReadiness);
 
 impl Readiness for GatewayHealth {
     fn ready(&self) -> Result<(), NotReady> {

@@ -2,17 +2,17 @@
 
 mod address_book;
 pub mod call;
-pub mod contact;
-pub mod enquiry;
+pub mod discovery;
+pub mod gateway_readiness;
 pub mod health;
-pub mod lookout;
+pub mod home_probe;
 pub mod native;
 pub mod peer;
 pub mod problem;
 pub mod protocol;
 pub mod remote;
-pub mod repeat;
 pub mod reply;
+pub mod retry;
 pub mod router;
 pub mod shard_map;
 pub mod store;

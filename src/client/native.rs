@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::problem;
 use super::protocol::{ClusterStatus, ScrubStatus};
-use super::repeat::{Effect, LastWord, Speaker, server_timeout_ms};
+use super::retry::{Effect, FailureHistory, FailureSource, server_timeout_ms};
 use super::store::Failure;
 use super::wire::Connection;
 use crate::types::{Address, Revision};
@@ -127,8 +127,8 @@ enum Attempt {
     Answer(Response<Bytes>),
     /// Certainly not done here: ask there, or the next server.
     Redirect(Address),
-    NotDone(Speaker, Failure),
-    Unknown(Speaker, Failure),
+    NotDone(FailureSource, Failure),
+    Unknown(FailureSource, Failure),
 }
 
 impl NativeClient {
@@ -327,7 +327,7 @@ impl NativeClient {
     /// Asks server after server until one settles it, or the time is up.
     async fn exchange(&mut self, exchange: Exchange) -> Result<Response<Bytes>, Failure> {
         let deadline = Instant::now() + self.timeout;
-        let mut last = LastWord::new(exchange.effect);
+        let mut last = FailureHistory::new(exchange.effect);
         loop {
             for server in self.servers.clone() {
                 if Instant::now() >= deadline && last.failure().is_some() {
@@ -338,17 +338,17 @@ impl NativeClient {
                     Attempt::Answer(response)
                         if last.may_be_done() && is_refusal(response.status()) =>
                     {
-                        return Err(last.settle(failure_of(&response)));
+                        return Err(last.final_failure(failure_of(&response)));
                     }
                     Attempt::Answer(response) => return Ok(response),
                     Attempt::Redirect(address) => (
-                        Speaker::Server,
+                        FailureSource::Server,
                         unavailable(format!("the leader is changing, perhaps to {address}")),
                     ),
                     Attempt::NotDone(by, failure) | Attempt::Unknown(by, failure) => (by, failure),
                 };
                 if !exchange.effect.goes_on_after(&failure) {
-                    return Err(last.settle(failure));
+                    return Err(last.final_failure(failure));
                 }
                 last.hear(by, failure);
             }
@@ -389,13 +389,13 @@ impl NativeClient {
                 Ok(connection) => connection,
                 Err(error) => {
                     let failure = unavailable(format!("no connection to {address}: {error}"));
-                    return Attempt::NotDone(Speaker::Nobody, failure);
+                    return Attempt::NotDone(FailureSource::Nobody, failure);
                 }
             },
         };
         let request = match exchange.request(address) {
             Ok(request) => request,
-            Err(failure) => return Attempt::NotDone(Speaker::Nobody, failure),
+            Err(failure) => return Attempt::NotDone(FailureSource::Nobody, failure),
         };
         match timeout_at(give_up, connection.exchange(request)).await {
             Ok(Ok(response)) => {
@@ -403,9 +403,10 @@ impl NativeClient {
                 judge(address, response, exchange)
             }
             // The kept connection was closed meanwhile: nothing was sent.
-            Ok(Err(error)) if error.is_not_sent() => {
-                Attempt::NotDone(Speaker::Nobody, unavailable(format!("{address}: {error}")))
-            }
+            Ok(Err(error)) if error.is_not_sent() => Attempt::NotDone(
+                FailureSource::Nobody,
+                unavailable(format!("{address}: {error}")),
+            ),
             Ok(Err(error)) => unanswered(format!("no answer from {address}: {error}")),
             Err(_) => unanswered(format!("{address} did not answer in time")),
         }
@@ -473,7 +474,7 @@ impl Exchange {
 }
 
 fn unanswered(reason: String) -> Attempt {
-    Attempt::Unknown(Speaker::Nobody, Failure::Unknown { reason })
+    Attempt::Unknown(FailureSource::Nobody, Failure::Unknown { reason })
 }
 
 fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> Attempt {
@@ -481,14 +482,16 @@ fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> A
         StatusCode::TEMPORARY_REDIRECT => match location(response.headers()) {
             Some(address) => Attempt::Redirect(address),
             None => Attempt::NotDone(
-                Speaker::Server,
+                FailureSource::Server,
                 unavailable(format!("{address} redirects without an address")),
             ),
         },
         status if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT => {
             match failure_of(&response) {
-                failure @ Failure::Unknown { .. } => Attempt::Unknown(Speaker::Server, failure),
-                failure => Attempt::NotDone(Speaker::Server, failure),
+                failure @ Failure::Unknown { .. } => {
+                    Attempt::Unknown(FailureSource::Server, failure)
+                }
+                failure => Attempt::NotDone(FailureSource::Server, failure),
             }
         }
         _ if !(exchange.is_awaited)(&response) => {
@@ -496,7 +499,7 @@ fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> A
             let reason = format!(
                 "{address} answered {status} in a way that no quorate node does; is it one?"
             );
-            Attempt::Unknown(Speaker::Server, Failure::Unknown { reason })
+            Attempt::Unknown(FailureSource::Server, Failure::Unknown { reason })
         }
         _ => Attempt::Answer(response),
     }

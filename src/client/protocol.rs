@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::peer::FailedReplica;
-use super::store::{Consistency, Failure, Found, Item, ScanRange};
+use super::store::{Consistency, Failure, GetOutcome, Item, ScanRange};
 use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
 use crate::sm::cluster::view::{PlacementSpec, SlotTable};
 use crate::sm::kv::{KvCommand, OperationOutcome, Record, Write, WriteOutcome};
@@ -79,7 +79,7 @@ pub enum ShardBody {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ShardReply {
-    Got(Found),
+    Got(GetOutcome),
     /// The slot of the key is not this shard's: look at a newer map.
     NotOwned {
         slot: Slot,

@@ -16,12 +16,12 @@ use tokio::time::{Instant, sleep};
 
 use super::address_book::AddressBook;
 use super::call::{CallError, ShardCaller, failure_of, silence, time_to_answer_ms};
-use super::contact::Contacts;
-use super::enquiry;
+use super::discovery;
+use super::home_probe::HomeProbe;
 use super::peer::SetUpError;
 use super::protocol::{ClusterStatus, Hop, ShardBody, ShardReply, ShardRequest};
-use super::repeat::{Effect, LastWord, Speaker};
 use super::reply::{self, SMALL_BYTES_MAX};
+use super::retry::{Effect, FailureHistory, FailureSource};
 use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Options};
@@ -70,7 +70,7 @@ pub struct HttpAccess {
     book: AddressBook,
     map: RwLock<Option<Arc<ShardMap>>>,
     leaders: Mutex<HashMap<GroupId, LeaderHint>>,
-    contacts: Contacts,
+    contacts: HomeProbe,
     /// Held while the map is asked for; when that was last.
     refreshing: tokio::sync::Mutex<Option<Instant>>,
 }
@@ -102,7 +102,7 @@ impl HttpAccess {
         let (map, leaders, contacts) = (
             RwLock::default(),
             Mutex::default(),
-            Contacts::new(caller.clone()),
+            HomeProbe::new(caller.clone()),
         );
         let book = AddressBook::new(seeds);
         Self {
@@ -288,7 +288,7 @@ impl HttpAccess {
             if asked.contains(&address) {
                 continue;
             }
-            last = match enquiry::status(self.caller.http(), &address)
+            last = match discovery::status(self.caller.http(), &address)
                 .await
                 .and_then(|status| self.learn(status, &address))
             {
@@ -301,7 +301,7 @@ impl HttpAccess {
             self.book.was_silent(&address);
             // To begin with, who left the cluster can tell who stayed. Later the map does.
             if self.map().is_none() && asked.len() < REFERRING_MAX {
-                next.extend(enquiry::referrals(self.caller.http(), &address).await);
+                next.extend(discovery::referrals(self.caller.http(), &address).await);
             }
             asked.push(address);
         }
@@ -344,7 +344,7 @@ impl HttpAccess {
         else {
             return false;
         };
-        let lives = enquiry::lives(self.caller.http(), &address, timeout).await;
+        let lives = discovery::lives(self.caller.http(), &address, timeout).await;
         if !lives {
             self.book.was_silent(&address);
         }
@@ -357,7 +357,7 @@ impl HttpAccess {
         shard: GroupId,
         to: Option<Address>,
         timeout: Duration,
-    ) -> Result<Address, (Speaker, Failure)> {
+    ) -> Result<Address, (FailureSource, Failure)> {
         let url = format!("http://{address}/v1/cluster/shards/{}/leader", shard.0);
         let response = match self
             .caller
@@ -370,11 +370,11 @@ impl HttpAccess {
         {
             Ok(response) => response,
             Err(error) if error.is_connect() => {
-                return Err((Speaker::Nobody, unavailable(silence(address, &error))));
+                return Err((FailureSource::Nobody, unavailable(silence(address, &error))));
             }
             Err(error) => {
                 return Err((
-                    Speaker::Nobody,
+                    FailureSource::Nobody,
                     Failure::Unknown {
                         reason: silence(address, &error),
                     },
@@ -382,14 +382,14 @@ impl HttpAccess {
             }
         };
         if !response.status().is_success() {
-            return Err((Speaker::Server, failure_of(response).await));
+            return Err((FailureSource::Server, failure_of(response).await));
         }
         let transferred: Result<TransferAnswer, _> =
             reply::read_json(response, SMALL_BYTES_MAX).await;
         match transferred {
             Ok(transferred) => Ok(transferred.leader),
             Err(error) => Err((
-                Speaker::Server,
+                FailureSource::Server,
                 Failure::Unknown {
                     reason: error.to_string(),
                 },
@@ -459,7 +459,7 @@ impl ShardAccess for HttpAccess {
             });
         }
         let deadline = Instant::now() + options.timeout;
-        let mut last = LastWord::new(TRANSFER);
+        let mut last = FailureHistory::new(TRANSFER);
         for address in self.candidates(shard, &map) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left < TIMEOUT_MIN && last.failure().is_some() {
@@ -471,7 +471,7 @@ impl ShardAccess for HttpAccess {
                 .await
             {
                 Err((by, failure)) if TRANSFER.goes_on_after(&failure) => last.hear(by, failure),
-                Err((_, failure)) => return Err(last.settle(failure)),
+                Err((_, failure)) => return Err(last.final_failure(failure)),
                 Ok(leader) => return Ok(leader),
             }
         }
@@ -489,7 +489,7 @@ impl ShardAccess for HttpAccess {
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
         let (http, effect) = (self.caller.http(), view_change::effect(only_if));
         let ask = |address, options| view_change::change(http, address, &change, only_if, options);
-        let mut last = LastWord::new(effect);
+        let mut last = FailureHistory::new(effect);
         match self.first_to_answer(options, &mut last, ask).await {
             // An attempt that nobody answered may be what has changed it.
             Err(ViewChangeFailure::EpochChanged { current }) if last.may_be_done() => {
@@ -516,7 +516,7 @@ impl ShardAccess for HttpAccess {
     ) -> Result<PlannedChange, ViewChangeFailure> {
         let http = self.caller.http();
         let ask = |address, options| view_change::plan(http, address, &change, options);
-        self.first_to_answer(options, &mut LastWord::new(Effect::Safe), ask)
+        self.first_to_answer(options, &mut FailureHistory::new(Effect::Safe), ask)
             .await
     }
 
@@ -537,13 +537,13 @@ impl ShardAccess for HttpAccess {
                     let failure =
                         ViewChangeFailure::Failed(unavailable(format!("there is no plan {id}")));
                     Unsettled {
-                        by: Speaker::Server,
+                        by: FailureSource::Server,
                         failure,
                     }
                 })
             }
         };
-        let mut last = LastWord::new(Effect::Safe);
+        let mut last = FailureHistory::new(Effect::Safe);
         let unknown = || is_unknown.load(Ordering::Relaxed);
         match self.ask_in_rounds(options, &mut last, ask, unknown).await {
             Err(_) if unknown() => Ok(None),
@@ -558,7 +558,7 @@ impl HttpAccess {
     async fn first_to_answer<T, F>(
         &self,
         options: Options,
-        last: &mut LastWord,
+        last: &mut FailureHistory,
         ask: impl Fn(Address, Options) -> F,
     ) -> Result<T, ViewChangeFailure>
     where
@@ -571,7 +571,7 @@ impl HttpAccess {
     async fn ask_in_rounds<T, F>(
         &self,
         options: Options,
-        last: &mut LastWord,
+        last: &mut FailureHistory,
         ask: impl Fn(Address, Options) -> F,
         enough: impl Fn() -> bool,
     ) -> Result<T, ViewChangeFailure>
@@ -581,7 +581,7 @@ impl HttpAccess {
         let deadline = Instant::now() + options.timeout;
         loop {
             let members = self.answering_first().await.unwrap_or_else(|failure| {
-                last.hear(Speaker::Nobody, failure);
+                last.hear(FailureSource::Nobody, failure);
                 Vec::new()
             });
             for address in members {
@@ -617,7 +617,7 @@ impl HttpAccess {
         &self,
         change: &ViewChange,
         current: PlanEpoch,
-        last: LastWord,
+        last: FailureHistory,
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
         let status = self.fetch_from_any().await.ok();
@@ -680,7 +680,7 @@ fn effect_of(body: &ShardBody) -> Effect {
 }
 
 /// Returns why it is not known what became of a request.
-fn unanswered(last: &LastWord) -> String {
+fn unanswered(last: &FailureHistory) -> String {
     match last.failure() {
         Some(Failure::Unknown { reason }) => reason.clone(),
         Some(_) | None => "nobody has answered it".to_owned(),

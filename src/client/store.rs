@@ -24,8 +24,8 @@ use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 /// A linearizable key-value store, spread over shards.
 pub trait Store: Send + Sync + 'static {
-    /// The value of `key`. Missing is `Found { record: None, .. }`.
-    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>>;
+    /// The value of `key`. Missing is `GetOutcome { record: None, .. }`.
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<GetOutcome, Failure>>;
 
     /// The records of the first of `request.keys`, in their order: as many as fit, and one at
     /// least. None: there is no such key. Each key is read on its own; a shard is asked once for
@@ -55,7 +55,11 @@ pub trait Store: Send + Sync + 'static {
     }
 
     /// The keys of `request.range` in key order over all shards, a page of them.
-    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>>;
+    fn scan(
+        &self,
+        request: ScanRequest,
+        options: Options,
+    ) -> BoxFuture<'_, Result<MergedPage, Failure>>;
 
     /// The number of keys of every shard.
     fn count(&self, options: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>>;
@@ -166,7 +170,7 @@ pub enum Routing {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Found {
+pub struct GetOutcome {
     pub record: Option<Record>,
     /// Only of a stale read.
     pub staleness: Option<Staleness>,
@@ -217,7 +221,7 @@ impl From<ScanRange> for KeyRange {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Page {
+pub struct MergedPage {
     pub items: Vec<Item>,
     /// There may be more in the range, after (or, in reverse, before) the last item.
     pub more: bool,

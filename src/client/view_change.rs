@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::call::silence;
 use super::problem;
 use super::protocol::ClusterStatus;
-use super::repeat::{Effect, Speaker, server_timeout_ms};
 use super::reply::{self, VIEW_BYTES_MAX};
+use super::retry::{Effect, FailureSource, server_timeout_ms};
 use super::store::{Failure, Options};
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, PlanEpoch};
@@ -202,7 +202,7 @@ impl From<ViewChangeFailure> for Failure {
 /// Why a node has not done what it was asked for about the view, and whether it said so itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unsettled {
-    pub by: Speaker,
+    pub by: FailureSource,
     pub failure: ViewChangeFailure,
 }
 
@@ -303,7 +303,7 @@ async fn read<T: DeserializeOwned>(
     address: &Address,
     effect: Effect,
 ) -> Result<T, Unsettled> {
-    let failed = |by: Speaker, failure: Failure| {
+    let failed = |by: FailureSource, failure: Failure| {
         let failure = ViewChangeFailure::Failed(effect.told(failure));
         Unsettled { by, failure }
     };
@@ -318,7 +318,7 @@ async fn read<T: DeserializeOwned>(
                 },
                 false => Failure::Unknown { reason },
             };
-            return Err(failed(Speaker::Nobody, failure));
+            return Err(failed(FailureSource::Nobody, failure));
         }
     };
     let status = response.status();
@@ -328,14 +328,14 @@ async fn read<T: DeserializeOwned>(
         let unknown = |error: reply::ReplyError| Failure::Unknown {
             reason: format!("{address}: {error}"),
         };
-        return read.map_err(|error| failed(Speaker::Nobody, unknown(error)));
+        return read.map_err(|error| failed(FailureSource::Nobody, unknown(error)));
     }
     let headers = response.headers().clone();
     let body = reply::read_problem(response).await;
     Err(match refusal(status, &headers, &body) {
-        ViewChangeFailure::Failed(failure) => failed(Speaker::Server, failure),
+        ViewChangeFailure::Failed(failure) => failed(FailureSource::Server, failure),
         failure => Unsettled {
-            by: Speaker::Server,
+            by: FailureSource::Server,
             failure,
         },
     })

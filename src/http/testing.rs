@@ -367,11 +367,11 @@ impl Store for FakeStore {
         Arc::clone(&self.answers)
     }
 
-    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<GetOutcome, Failure>> {
         let mut state = self.state.lock();
         let staleness =
             (options.consistency == Consistency::Stale).then_some(Staleness::AtMost { age_ms: 12 });
-        let found = state.ask(shard(&key), options).map(|()| Found {
+        let found = state.ask(shard(&key), options).map(|()| GetOutcome {
             record: state.records.get(&key).cloned(),
             staleness,
         });
@@ -471,7 +471,11 @@ impl Store for FakeStore {
         }))
     }
 
-    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
+    fn scan(
+        &self,
+        request: ScanRequest,
+        options: Options,
+    ) -> BoxFuture<'_, Result<MergedPage, Failure>> {
         let mut state = self.state.lock();
         let asked = state.ask(GroupId(1), options);
         let range = request.range;
@@ -508,7 +512,7 @@ impl Store for FakeStore {
         let fitting = items.iter().take(request.limit).take_while(fits).count();
         let more = items.len() > fitting;
         items.truncate(fitting);
-        Box::pin(ready(asked.map(|()| Page { items, more })))
+        Box::pin(ready(asked.map(|()| MergedPage { items, more })))
     }
 
     fn count(&self, _: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {

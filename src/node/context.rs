@@ -1,8 +1,8 @@
 //! A node that belongs to a cluster: the view as it knows it, its replicas, and whom to ask about
 //! the others.
 //!
-//! [`NodeContext`] is what the other parts of `node` share. It decides nothing: the view comes from the
-//! node's own meta replica (set by `reconciler`), leaders from its own replicas, or from what
+//! [`NodeContext`] is what the other parts of `node` share. It decides nothing: the view comes from
+//! the node's own meta replica (set by `reconciler`), leaders from its own replicas, or from what
 //! others answered (hints, which may be wrong and are only tried first).
 
 use parking_lot::{Mutex, RwLock};

@@ -1,10 +1,10 @@
 //! How a node reaches shards: it answers for those that it leads (or, for stale reads, has a
 //! replica of), and forwards the rest.
 //!
-//! [`LocalShards`] is the [`ShardAccess`] under a node's router; [`LocalShards::answer`] also answers
-//! `POST /peer/shard`. The invariant: a linearizable read looks at the map only after a quorum
-//! round that began after the request came, and looks at the slot's ownership and at the data under
-//! one guard. What may wait for the disk is read on another thread.
+//! [`LocalShards`] is the [`ShardAccess`] under a node's router; [`LocalShards::answer`] also
+//! answers `POST /peer/shard`. The invariant: a linearizable read looks at the map only after a
+//! quorum round that began after the request came, and looks at the slot's ownership and at the
+//! data under one guard. What may wait for the disk is read on another thread.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,12 +19,12 @@ use super::operator::Operator;
 use super::unreadable::tell_unreadable;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 use crate::client::call::{CallError, time_to_answer_ms};
-use crate::client::contact::Contacts;
+use crate::client::home_probe::HomeProbe;
 use crate::client::protocol::{ClusterStatus, Hop, ShardBody, ShardPage, ShardReply, ShardRequest};
-use crate::client::repeat::Speaker;
+use crate::client::retry::FailureSource;
 use crate::client::router::{ShardAccess, check_operations};
 use crate::client::shard_map::ShardMap;
-use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
+use crate::client::store::{Consistency, Failure, GetOutcome, Item, Options, Routing, Staleness};
 use crate::client::view_change::{
     self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
 };
@@ -64,14 +64,14 @@ const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 /// How a node reaches shards.
 pub struct LocalShards {
     context: Arc<NodeContext>,
-    contacts: Contacts,
+    contacts: HomeProbe,
     locator: Locator,
     operator: Operator,
 }
 
 impl LocalShards {
     pub fn new(context: Arc<NodeContext>) -> Self {
-        let contacts = Contacts::new(context.caller.clone());
+        let contacts = HomeProbe::new(context.caller.clone());
         let locator = Locator::new(context.clone());
         let operator = Operator::new(context.clone());
         Self {
@@ -786,7 +786,7 @@ impl LocalShards {
     fn of_meta_leader(&self, unsettled: Unsettled) -> ViewChangeFailure {
         match unsettled {
             Unsettled {
-                by: Speaker::Nobody,
+                by: FailureSource::Nobody,
                 failure: ViewChangeFailure::Failed(failure),
             } => ViewChangeFailure::Failed(self.context.for_want_of_meta(failure)),
             Unsettled { failure, .. } => failure,
@@ -935,7 +935,7 @@ fn read_key(
     let found = match kv::find(read, key) {
         Ok(FindOutcome::Owned(Some(found))) => found,
         Ok(FindOutcome::Owned(None)) => {
-            return ShardReply::Got(Found {
+            return ShardReply::Got(GetOutcome {
                 record: None,
                 staleness,
             });
@@ -951,11 +951,11 @@ fn read_key(
         },
     };
     match (found.load(read, false), share) {
-        (Ok(record), None) => ShardReply::Got(Found {
+        (Ok(record), None) => ShardReply::Got(GetOutcome {
             record: Some(record),
             staleness,
         }),
-        (Ok(record), Some(share)) => ShardReply::Got(Found {
+        (Ok(record), Some(share)) => ShardReply::Got(GetOutcome {
             record: Some(record),
             staleness,
         })

@@ -4,9 +4,9 @@
 //! [`Node::open`] locks the data directory, so that the node can say who it is. [`Node::run`] then
 //! joins (`join`, decided by `bootstrap`), opens log, maps and replicas (`running_node`), and
 //! starts the controllers (`controllers`), which make what runs match the view until the node is
-//! told to stop. `context` is what they share; `local_shards` answers for local shards and asks other
-//! nodes for the rest; `operator` carries out changes of the view; `platform` is the seam to disk
-//! and database.
+//! told to stop. `context` is what they share; `local_shards` answers for local shards and asks
+//! other nodes for the rest; `operator` carries out changes of the view; `platform` is the seam to
+//! disk and database.
 //!
 //! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was
 //! done, and why.
@@ -53,7 +53,8 @@ use crate::client::protocol::{ClusterStatus, Hop, ScrubStatus, ShardReply, Shard
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{
-    Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, WriteFailure, Written,
+    Failure, GetManyRequest, GetOutcome, MergedPage, Options, ScanRequest, Store, WriteFailure,
+    Written,
 };
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::NodeConfig;
@@ -571,7 +572,7 @@ impl Store for Node {
         Arc::clone(&self.answers)
     }
 
-    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<GetOutcome, Failure>> {
         match self.running.get() {
             Some(running) => running.router().get(key, options),
             None => Box::pin(async { Err(self.unavailable()) }),
@@ -610,7 +611,11 @@ impl Store for Node {
         }
     }
 
-    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
+    fn scan(
+        &self,
+        request: ScanRequest,
+        options: Options,
+    ) -> BoxFuture<'_, Result<MergedPage, Failure>> {
         match self.running.get() {
             Some(running) => running.router().scan(request, options),
             None => Box::pin(async { Err(self.unavailable()) }),

@@ -1,6 +1,6 @@
-//! [`ReplicaFailures`]: which replicas of this node do not run, why and since when, and when each is tried
-//! again. How long that takes is decided in `sm::recovery`; `reconciler` notes here what it meets,
-//! and status, metrics and readiness are told from here.
+//! [`ReplicaFailures`]: which replicas of this node do not run, why and since when, and when each
+//! is tried again. How long that takes is decided in `sm::recovery`; `reconciler` notes here what
+//! it meets, and status, metrics and readiness are told from here.
 //!
 //! The log is told of the first failures at once, and then once a minute of how many there are.
 

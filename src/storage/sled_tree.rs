@@ -566,7 +566,7 @@ impl Tree for SledTree {
     }
 }
 
-type Page = Vec<(sled::IVec, sled::IVec)>;
+type PairPage = Vec<(sled::IVec, sled::IVec)>;
 
 /// Pages that a walking thread may be ahead of its reader, and how large they are.
 const WALK_PAGES_AHEAD: usize = 4;
@@ -577,7 +577,7 @@ const WALK_PAGE_BYTES: usize = 1 << 20;
 fn send_pages(
     tree: &sled::Tree,
     trust: &WriteTrust,
-    sender: &mpsc::SyncSender<Result<Page, StoreError>>,
+    sender: &mpsc::SyncSender<Result<PairPage, StoreError>>,
 ) {
     // Pieces are read with their values.
     let mut pairs = tree
@@ -585,7 +585,7 @@ fn send_pages(
         .chain(tree.range(pieces::AFTER_PIECES..));
     loop {
         let page = trust.read("walking a tree", || {
-            let (mut page, mut bytes) = (Page::new(), 0);
+            let (mut page, mut bytes) = (PairPage::new(), 0);
             while page.len() < WALK_PAGE_PAIRS && bytes < WALK_PAGE_BYTES {
                 let Some((key, stored)) = waiting("walk a tree", || pairs.next().transpose())?
                 else {

@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 
 use super::*;
 use crate::client::peer::{Identity, Standing};
-use crate::client::store::{Found, Routing, Store, WriteFailure};
+use crate::client::store::{GetOutcome, Routing, Store, WriteFailure};
 use crate::client::testing::{answer, bind, json, nobody, problem, serve, status};
 use crate::sm::codec;
 use crate::sm::kv::{Condition, Media, Operation, OperationOutcome, WriteOutcome};
@@ -85,7 +85,7 @@ async fn a_request_finds_the_leader_past_dead_nodes_and_old_hints() {
         status(1, Some(0), &nodes),
         |request| match request.body {
             ShardBody::Write(_) => Some(written()),
-            _ => Some(ShardReply::Got(Found {
+            _ => Some(ShardReply::Got(GetOutcome {
                 record: None,
                 staleness: None,
             })),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::queues::Want;
+use super::queues::AwaitedAccess;
 use super::{PAUSE_MAX, PAUSE_MIN};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Options, Routing};
@@ -13,14 +13,14 @@ use crate::types::{GroupId, Slot};
 
 /// How far the attempts at one request (or at one shard's part of it) have come.
 #[derive(Debug, Clone)]
-pub(super) struct Course {
+pub(super) struct RetryState {
     options: Options,
     deadline: Instant,
     /// Doing it twice does no harm: a read, or a write with an idempotency key.
     repeatable: bool,
     single_key: bool,
     /// What its shards are to do.
-    want: Want,
+    want: AwaitedAccess,
     attempts: u32,
     /// An earlier attempt ended unknown.
     maybe_done: bool,
@@ -97,7 +97,7 @@ impl Retry {
     }
 }
 
-impl Course {
+impl RetryState {
     /// The deadline counts from now.
     pub fn new(options: Options) -> Self {
         let deadline = Instant::now() + options.timeout;
@@ -106,7 +106,7 @@ impl Course {
             deadline,
             repeatable: false,
             single_key: false,
-            want: Want::Read,
+            want: AwaitedAccess::Read,
             attempts: 0,
             maybe_done: false,
         }
@@ -129,12 +129,12 @@ impl Course {
     /// It changes something, for which it is not enough that its shard is read.
     pub fn writing(self) -> Self {
         Self {
-            want: Want::Write,
+            want: AwaitedAccess::Write,
             ..self
         }
     }
 
-    pub fn want(&self) -> Want {
+    pub fn want(&self) -> AwaitedAccess {
         self.want
     }
 
@@ -158,8 +158,8 @@ impl Course {
         }
     }
 
-    /// As [`Course::options`], of an attempt at this key: nobody is sent elsewhere with one whose
-    /// slot is on its way.
+    /// As [`RetryState::options`], of an attempt at this key: nobody is sent elsewhere with one
+    /// whose slot is on its way.
     pub fn options_at(&self, key: &[u8], map: Option<&ShardMap>) -> Options {
         let mut options = self.options();
         if map.is_some_and(|map| map.is_moving(key)) {
@@ -173,7 +173,7 @@ impl Course {
     /// # Errors
     ///
     /// What to tell the caller, when another attempt would not help or not be safe.
-    pub fn judge(&self, shard: GroupId, failure: Failure) -> Result<Retry, Failure> {
+    pub fn classify(&self, shard: GroupId, failure: Failure) -> Result<Retry, Failure> {
         let retry = self.weigh(failure)?;
         Ok(Retry {
             leader_of: Some(shard),
@@ -198,14 +198,14 @@ impl Course {
             }),
             Failure::Unknown { .. } => Err(failure),
             Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
-                Err(self.settle(failure))
+                Err(self.final_failure(failure))
             }
         }
     }
 
     /// What to tell the caller in the end: no attempt's failure unsays that an earlier one may have
     /// happened.
-    pub fn settle(&self, failure: Failure) -> Failure {
+    pub fn final_failure(&self, failure: Failure) -> Failure {
         match failure {
             Failure::Unknown { .. } => failure,
             _ if !self.maybe_done => failure,
@@ -284,8 +284,8 @@ mod tests {
 
     #[tokio::test]
     async fn only_what_is_safe_is_tried_again() {
-        let proxy = Course::new(options(Routing::Proxy));
-        let redirect = Course::new(options(Routing::Redirect));
+        let proxy = RetryState::new(options(Routing::Proxy));
+        let redirect = RetryState::new(options(Routing::Redirect));
         let again = [
             (proxy.clone(), elsewhere()),
             (proxy.clone().single_key(), elsewhere()),
@@ -294,9 +294,9 @@ mod tests {
             (redirect.clone().single_key(), unavailable(String::new())),
             (proxy.clone().repeatable(), unknown()),
         ];
-        for (course, failure) in again {
+        for (retry_state, failure) in again {
             assert!(
-                course.judge(GroupId(1), failure.clone()).is_ok(),
+                retry_state.classify(GroupId(1), failure.clone()).is_ok(),
                 "{failure:?} of {course:?}"
             );
         }
@@ -323,9 +323,9 @@ mod tests {
                 },
             ),
         ];
-        for (course, failure) in given_up {
+        for (retry_state, failure) in given_up {
             assert_eq!(
-                course.judge(GroupId(1), failure.clone()),
+                retry_state.classify(GroupId(1), failure.clone()),
                 Err(failure),
                 "{course:?}"
             );
@@ -334,20 +334,20 @@ mod tests {
 
     #[tokio::test]
     async fn once_unknown_a_write_stays_unknown_until_it_is_answered() {
-        let mut course = Course::new(options(Routing::Redirect))
+        let mut retry_state = RetryState::new(options(Routing::Redirect))
             .repeatable()
             .single_key();
-        let retry = course
-            .judge(GroupId(1), unknown())
+        let retry = retry_state
+            .classify(GroupId(1), unknown())
             .expect("it is repeatable");
         assert!(retry.maybe_done);
-        course.next_pause(retry.maybe_done, 0);
+        retry_state.next_pause(retry.maybe_done, 0);
         assert!(matches!(
-            course.settle(unavailable(String::new())),
+            retry_state.final_failure(unavailable(String::new())),
             Failure::Unknown { .. }
         ));
         assert!(matches!(
-            course.judge(
+            retry_state.classify(
                 GroupId(1),
                 Failure::TooLarge {
                     limit: String::new()
@@ -356,17 +356,17 @@ mod tests {
             Err(Failure::Unknown { .. })
         ));
         assert!(
-            course.judge(GroupId(1), elsewhere()).is_ok(),
+            retry_state.classify(GroupId(1), elsewhere()).is_ok(),
             "the client is not sent away with what may have happened here"
         );
-        assert_eq!(course.options().routing, Routing::Proxy);
+        assert_eq!(retry_state.options().routing, Routing::Proxy);
     }
 
     #[tokio::test]
     async fn pauses_grow_to_a_bound() {
-        let mut course = Course::new(options(Routing::Proxy));
+        let mut retry_state = RetryState::new(options(Routing::Proxy));
         let pauses: Vec<_> = (0..40)
-            .map(|n| course.next_pause(false, u64::MAX / 41 * n))
+            .map(|n| retry_state.next_pause(false, u64::MAX / 41 * n))
             .collect();
         assert!(pauses[0] >= PAUSE_MIN / 2 && pauses[0] <= PAUSE_MIN);
         assert!(

@@ -2,7 +2,7 @@
 
 use futures::StreamExt;
 
-use super::attempt::{Course, Retry};
+use super::attempt::{Retry, RetryState};
 use super::coverage::Coverage;
 use super::{Router, ShardAccess, misfit, version};
 use crate::client::protocol::{ShardBody, ShardReply};
@@ -19,24 +19,24 @@ impl<A: ShardAccess> Router<A> {
         &self,
         options: Options,
     ) -> Result<Vec<(GroupId, u64)>, Failure> {
-        let mut course = Course::new(options).repeatable();
+        let mut retry_state = RetryState::new(options).repeatable();
         loop {
             let map = self.access.map();
             let retry = match map.as_deref() {
                 None => Retry::no_map(),
-                Some(map) => match self.count_once(map, &course).await? {
+                Some(map) => match self.count_once(map, &retry_state).await? {
                     Ok(counts) => return Ok(counts),
                     Err(retry) => retry,
                 },
             };
-            self.pause(&mut course, retry, version(map.as_deref()))
+            self.pause(&mut retry_state, retry, version(map.as_deref()))
                 .await?;
         }
     }
 
     /// What is on its way to or from the shard may be left out, for as long as it moves.
     pub(super) async fn count_one(&self, shard: GroupId, options: Options) -> Result<u64, Failure> {
-        let mut course = Course::new(options).repeatable();
+        let mut retry_state = RetryState::new(options).repeatable();
         loop {
             let map = self.access.map();
             let retry = match map.as_deref().map(|map| map.shard(shard)) {
@@ -46,10 +46,13 @@ impl<A: ShardAccess> Router<A> {
                         reason: format!("there is no shard {shard:#}"),
                     });
                 }
-                Some(Some(_)) => match self.call(shard, ShardBody::Count, course.options()).await {
+                Some(Some(_)) => match self
+                    .call(shard, ShardBody::Count, retry_state.options())
+                    .await
+                {
                     ShardReply::Counted { keys, .. } => return Ok(keys),
                     ShardReply::NotOwned { slot } => Retry::not_owned(slot),
-                    ShardReply::Failed(failure) => course.judge(shard, failure)?,
+                    ShardReply::Failed(failure) => retry_state.classify(shard, failure)?,
                     ShardReply::Got(_)
                     | ShardReply::Written(_)
                     | ShardReply::Page(_)
@@ -58,7 +61,7 @@ impl<A: ShardAccess> Router<A> {
                     | ShardReply::MoveState(_) => return Err(misfit(shard)),
                 },
             };
-            self.pause(&mut course, retry, version(map.as_deref()))
+            self.pause(&mut retry_state, retry, version(map.as_deref()))
                 .await?;
         }
     }
@@ -66,9 +69,9 @@ impl<A: ShardAccess> Router<A> {
     async fn count_once(
         &self,
         map: &ShardMap,
-        course: &Course,
+        retry_state: &RetryState,
     ) -> Result<Result<Vec<(GroupId, u64)>, Retry>, Failure> {
-        let ask = |shard: GroupId| self.call(shard, ShardBody::Count, course.options());
+        let ask = |shard: GroupId| self.call(shard, ShardBody::Count, retry_state.options());
         let replies: Vec<ShardReply> = futures::stream::iter(map.owners().to_vec())
             .map(ask)
             .buffered(PARALLEL_MAX)
@@ -89,7 +92,9 @@ impl<A: ShardAccess> Router<A> {
                     }
                 }
                 ShardReply::NotOwned { slot } => return Ok(Err(Retry::not_owned(slot))),
-                ShardReply::Failed(failure) => return course.judge(shard, failure).map(Err),
+                ShardReply::Failed(failure) => {
+                    return retry_state.classify(shard, failure).map(Err);
+                }
                 ShardReply::Got(_)
                 | ShardReply::Written(_)
                 | ShardReply::Page(_)

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use futures::StreamExt;
 
-use super::attempt::{Course, Retry};
+use super::attempt::{Retry, RetryState};
 use super::{Router, ShardAccess, check_key, misfit, version};
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::shard_map::ShardMap;
@@ -25,13 +25,13 @@ const PARALLEL_KEYS_MAX: usize = 32;
 const SHARD_BYTES_MIN: usize = 16 << 10;
 
 /// The keys of one shard, by their places in the caller's list.
-struct Part {
+struct KeysPart {
     shard: GroupId,
     places: Vec<usize>,
 }
 
 /// What is known of each key of the caller's list; none: nothing yet.
-type Answers = Vec<Option<Option<Record>>>;
+type FoundRecords = Vec<Option<Option<Record>>>;
 
 impl<A: ShardAccess> Router<A> {
     pub(super) async fn get_many_from_shards(
@@ -40,19 +40,20 @@ impl<A: ShardAccess> Router<A> {
         options: Options,
     ) -> Result<Vec<Option<Record>>, Failure> {
         request.keys.iter().try_for_each(|key| check_key(key))?;
-        let mut course = Course::new(options).repeatable();
-        let mut answers: Answers = vec![None; request.keys.len()];
+        let mut retry_state = RetryState::new(options).repeatable();
+        let mut answers: FoundRecords = vec![None; request.keys.len()];
         let mut places: Vec<usize> = (0..request.keys.len()).collect();
         while !places.is_empty() {
-            let map = self.map_in_time(&mut course).await?;
+            let map = self.map_in_time(&mut retry_state).await?;
             let Some((left, retry)) = self
-                .ask_parts(&request, &map, &course, places, &mut answers)
+                .ask_parts(&request, &map, &retry_state, places, &mut answers)
                 .await?
             else {
                 break;
             };
             places = left;
-            self.pause(&mut course, retry, version(Some(&map))).await?;
+            self.pause(&mut retry_state, retry, version(Some(&map)))
+                .await?;
         }
         Ok(answers.into_iter().map_while(|answer| answer).collect())
     }
@@ -63,13 +64,13 @@ impl<A: ShardAccess> Router<A> {
         &self,
         request: &GetManyRequest,
         map: &ShardMap,
-        course: &Course,
+        retry_state: &RetryState,
         places: Vec<usize>,
-        answers: &mut Answers,
+        answers: &mut FoundRecords,
     ) -> Result<Option<(Vec<usize>, Retry)>, Failure> {
         let parts = split(&request.keys, places, map);
         let bytes_max = (request.bytes_max / parts.len().max(1)).max(SHARD_BYTES_MIN);
-        let ask = |part: Part| async move {
+        let ask = |part: KeysPart| async move {
             if part.shard.is_meta() {
                 return (part, None);
             }
@@ -78,7 +79,7 @@ impl<A: ShardAccess> Router<A> {
                 .iter()
                 .map(|place| request.keys[*place].clone())
                 .collect();
-            let options = course.options();
+            let options = retry_state.options();
             let body = ShardBody::GetMany {
                 keys,
                 bytes_max,
@@ -110,7 +111,7 @@ impl<A: ShardAccess> Router<A> {
                     continue;
                 }
                 Some(ShardReply::NotOwned { slot }) => Retry::not_owned(slot),
-                Some(ShardReply::Failed(failure)) => course.judge(part.shard, failure)?,
+                Some(ShardReply::Failed(failure)) => retry_state.classify(part.shard, failure)?,
                 Some(
                     ShardReply::GotMany(_)
                     | ShardReply::Got(_)
@@ -131,7 +132,7 @@ impl<A: ShardAccess> Router<A> {
 }
 
 /// By owner, each in the order of the caller's list.
-fn split(keys: &[Bytes], mut places: Vec<usize>, map: &ShardMap) -> Vec<Part> {
+fn split(keys: &[Bytes], mut places: Vec<usize>, map: &ShardMap) -> Vec<KeysPart> {
     places.sort_unstable();
     let mut parts: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
     for place in places {
@@ -142,6 +143,6 @@ fn split(keys: &[Bytes], mut places: Vec<usize>, map: &ShardMap) -> Vec<Part> {
     }
     parts
         .into_iter()
-        .map(|(shard, places)| Part { shard, places })
+        .map(|(shard, places)| KeysPart { shard, places })
         .collect()
 }

@@ -30,13 +30,13 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
-use self::attempt::{Course, Retry};
-use self::queues::{Queues, Want};
+use self::attempt::{Retry, RetryState};
+use self::queues::{AwaitedAccess, LeaderQueues};
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
 use super::store::{
-    Consistency, Failure, Found, GetManyRequest, Options, Page, Routing, ScanRequest, Store,
-    Written,
+    Consistency, Failure, GetManyRequest, GetOutcome, MergedPage, Options, Routing, ScanRequest,
+    Store, Written,
 };
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
@@ -161,7 +161,7 @@ pub trait ShardAccess: Send + Sync + 'static {
 pub struct Router<A> {
     access: A,
     waiting: AtomicUsize,
-    queues: Queues,
+    queues: LeaderQueues,
     jitter: AtomicU64,
 }
 
@@ -171,7 +171,7 @@ impl<A: ShardAccess> Router<A> {
         Self {
             access,
             waiting: AtomicUsize::new(0),
-            queues: Queues::default(),
+            queues: LeaderQueues::default(),
             jitter: AtomicU64::new(seed),
         }
     }
@@ -195,18 +195,18 @@ impl<A: ShardAccess> Router<A> {
             self.queues.answered(
                 shard,
                 if is_taken && writes {
-                    Want::Write
+                    AwaitedAccess::Write
                 } else {
-                    Want::Read
+                    AwaitedAccess::Read
                 },
             );
         }
         reply
     }
 
-    async fn get_from_shard(&self, key: Bytes, options: Options) -> Result<Found, Failure> {
+    async fn get_from_shard(&self, key: Bytes, options: Options) -> Result<GetOutcome, Failure> {
         check_key(&key)?;
-        let mut course = Course::new(options).repeatable().single_key();
+        let mut retry_state = RetryState::new(options).repeatable().single_key();
         loop {
             let map = self.access.map();
             let retry = match map.as_deref().map(|map| map.owner_of(&key)) {
@@ -217,11 +217,11 @@ impl<A: ShardAccess> Router<A> {
                         key: key.clone(),
                         consistency: options.consistency,
                     };
-                    let options = course.options_at(&key, map.as_deref());
+                    let options = retry_state.options_at(&key, map.as_deref());
                     match self.call(shard, body, options).await {
                         ShardReply::Got(found) => return Ok(found),
                         ShardReply::NotOwned { slot } => Retry::not_owned(slot),
-                        ShardReply::Failed(failure) => course.judge(shard, failure)?,
+                        ShardReply::Failed(failure) => retry_state.classify(shard, failure)?,
                         ShardReply::Written(_)
                         | ShardReply::Page(_)
                         | ShardReply::Counted { .. }
@@ -231,32 +231,32 @@ impl<A: ShardAccess> Router<A> {
                     }
                 }
             };
-            self.pause(&mut course, retry, version(map.as_deref()))
+            self.pause(&mut retry_state, retry, version(map.as_deref()))
                 .await?;
         }
     }
 
     async fn locate_key(&self, key: Bytes, options: Options) -> Result<(), Failure> {
         check_key(&key)?;
-        let mut course = Course::new(options).repeatable().single_key();
+        let mut retry_state = RetryState::new(options).repeatable().single_key();
         loop {
             let map = self.access.map();
             let retry = match map.as_deref().map(|map| map.owner_of(&key)) {
                 None => Retry::no_map(),
                 Some(GroupId::META) => Retry::unowned(),
                 Some(shard) => {
-                    let options = course.options_at(&key, map.as_deref());
+                    let options = retry_state.options_at(&key, map.as_deref());
                     if options.routing == Routing::Proxy {
                         return Ok(());
                     }
                     match self.access.locate(shard, options).await {
                         // Not that there is a leader: those who wait for one go on waiting.
                         Ok(()) => return Ok(()),
-                        Err(failure) => course.judge(shard, failure)?,
+                        Err(failure) => retry_state.classify(shard, failure)?,
                     }
                 }
             };
-            self.pause(&mut course, retry, version(map.as_deref()))
+            self.pause(&mut retry_state, retry, version(map.as_deref()))
                 .await?;
         }
     }
@@ -269,42 +269,45 @@ impl<A: ShardAccess> Router<A> {
     /// What to tell the caller when there is no time left, or too many wait already.
     async fn pause(
         &self,
-        course: &mut Course,
+        retry_state: &mut RetryState,
         retry: Retry,
         known: MapVersion,
     ) -> Result<(), Failure> {
-        let Some(_waiting) = Waiting::enter(&self.waiting) else {
-            course.failed_attempt(retry.maybe_done);
-            return Err(course.settle(Failure::Overloaded {
+        let Some(_waiting) = WaitPermit::enter(&self.waiting) else {
+            retry_state.failed_attempt(retry.maybe_done);
+            return Err(retry_state.final_failure(Failure::Overloaded {
                 limit: "requests waiting for another attempt".into(),
                 retry_after_ms: 1000,
             }));
         };
         match retry.leader_of {
-            Some(shard) => self.pause_for_leader(course, shard, retry, known).await,
-            None => self.pause_alone(course, retry, known).await,
+            Some(shard) => {
+                self.pause_for_leader(retry_state, shard, retry, known)
+                    .await
+            }
+            None => self.pause_alone(retry_state, retry, known).await,
         }
     }
 
     /// Waits with the others that wait for the leader of `shard`.
     async fn pause_for_leader(
         &self,
-        course: &mut Course,
+        retry_state: &mut RetryState,
         shard: GroupId,
         retry: Retry,
         known: MapVersion,
     ) -> Result<(), Failure> {
         let place = self.queues.enter(
-            (shard, course.want()),
-            course.attempts(),
+            (shard, retry_state.want()),
+            retry_state.attempts(),
             self.next_jitter(),
         );
-        course.failed_attempt(retry.maybe_done);
+        retry_state.failed_attempt(retry.maybe_done);
         let turn = place.wait(self.access.lead_changed(shard), self.next_jitter());
         // The map may know a leader that is not heard of otherwise. It is looked for on the side,
         // now and then for as long as it takes: the network may be slower than the pauses are long.
-        let is_patient = course.attempts().is_multiple_of(PATIENT_EVERY);
-        let in_time = timeout_at(course.deadline(), async {
+        let is_patient = retry_state.attempts().is_multiple_of(PATIENT_EVERY);
+        let in_time = timeout_at(retry_state.deadline(), async {
             let mut refresh = std::pin::pin!(self.access.refresh(known));
             let mut turn = std::pin::pin!(turn);
             tokio::select! {
@@ -317,35 +320,35 @@ impl<A: ShardAccess> Router<A> {
             }
         });
         match in_time.await {
-            Ok(()) if Instant::now() + ATTEMPT_MIN < course.deadline() => Ok(()),
-            Ok(()) | Err(_) => Err(course.settle(retry.failure)),
+            Ok(()) if Instant::now() + ATTEMPT_MIN < retry_state.deadline() => Ok(()),
+            Ok(()) | Err(_) => Err(retry_state.final_failure(retry.failure)),
         }
     }
 
     /// Waits where no news can be had but a newer map: twice as long each time.
     async fn pause_alone(
         &self,
-        course: &mut Course,
+        retry_state: &mut RetryState,
         retry: Retry,
         known: MapVersion,
     ) -> Result<(), Failure> {
-        let step = course.next_pause(retry.maybe_done, self.next_jitter());
+        let step = retry_state.next_pause(retry.maybe_done, self.next_jitter());
         let until = Instant::now() + step;
         // Where the map is to blame there is nothing better to do than to wait for a newer one.
         // Else it is looked for on the side; but now and then for as long as it takes, because the
         // network may be slower than the pauses are long.
         let patient = (retry.map_is_old && retry.hint.is_none())
-            || course.attempts().is_multiple_of(PATIENT_EVERY);
+            || retry_state.attempts().is_multiple_of(PATIENT_EVERY);
         if retry.refresh {
             let look_until = if patient {
-                course.deadline()
+                retry_state.deadline()
             } else {
-                until.min(course.deadline())
+                until.min(retry_state.deadline())
             };
             drop(timeout_at(look_until, self.access.refresh(known)).await);
         }
-        if Instant::now().max(until) >= course.deadline() {
-            return Err(course.settle(retry.failure));
+        if Instant::now().max(until) >= retry_state.deadline() {
+            return Err(retry_state.final_failure(retry.failure));
         }
         let map_is_newer = self.access.map().is_some_and(|map| map.version > known);
         if !(retry.map_is_old && map_is_newer) {
@@ -366,7 +369,7 @@ impl<A: ShardAccess> Router<A> {
 }
 
 impl<A: ShardAccess> Store for Router<A> {
-    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<GetOutcome, Failure>> {
         Box::pin(self.get_from_shard(key, options))
     }
 
@@ -394,7 +397,11 @@ impl<A: ShardAccess> Store for Router<A> {
         }
     }
 
-    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
+    fn scan(
+        &self,
+        request: ScanRequest,
+        options: Options,
+    ) -> BoxFuture<'_, Result<MergedPage, Failure>> {
         Box::pin(self.scan_shards(request, options))
     }
 
@@ -423,7 +430,7 @@ impl<A: ShardAccess> Store for Router<A> {
     }
 
     fn map(&self, options: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>> {
-        Box::pin(async move { self.map_in_time(&mut Course::new(options)).await })
+        Box::pin(async move { self.map_in_time(&mut RetryState::new(options)).await })
     }
 
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
@@ -470,16 +477,16 @@ impl<A: ShardAccess> Store for Router<A> {
 }
 
 /// One of the [`WAITING_MAX`] requests that wait.
-struct Waiting<'a>(&'a AtomicUsize);
+struct WaitPermit<'a>(&'a AtomicUsize);
 
-impl<'a> Waiting<'a> {
+impl<'a> WaitPermit<'a> {
     fn enter(count: &'a AtomicUsize) -> Option<Self> {
         let entered = Self(count);
         (count.fetch_add(1, Ordering::Relaxed) < WAITING_MAX).then_some(entered)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitPermit<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

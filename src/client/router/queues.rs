@@ -21,30 +21,30 @@ const SPREAD_EACH: Duration = Duration::from_micros(10);
 
 /// What a shard is waited for to do. One whose disk is full may read, and not write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Want {
+pub(super) enum AwaitedAccess {
     Read,
     Write,
 }
 
 /// The queues of all shards that somebody waits for.
 #[derive(Debug, Default)]
-pub(super) struct Queues {
-    shards: Mutex<HashMap<(GroupId, Want), Arc<Queue>>>,
+pub(super) struct LeaderQueues {
+    shards: Mutex<HashMap<(GroupId, AwaitedAccess), Arc<LeaderQueue>>>,
     /// How many wait, for whichever shard.
     waiting: AtomicUsize,
 }
 
 /// Those who wait for one shard.
 #[derive(Debug)]
-pub(super) struct Queue {
-    state: Mutex<State>,
+pub(super) struct LeaderQueue {
+    state: Mutex<QueueState>,
     /// Held by the one whose turn is next: only that one minds the time.
     scout: tokio::sync::Mutex<()>,
     answered: Notify,
 }
 
 #[derive(Debug)]
-struct State {
+struct QueueState {
     waiting: usize,
     /// How many attempts were made since the shard was last heard of.
     attempts: u32,
@@ -53,24 +53,29 @@ struct State {
 }
 
 /// A place in the queue of a shard.
-pub(super) struct Place<'a> {
-    queues: &'a Queues,
-    awaited: (GroupId, Want),
-    queue: Arc<Queue>,
+pub(super) struct QueuePlace<'a> {
+    queues: &'a LeaderQueues,
+    awaited: (GroupId, AwaitedAccess),
+    queue: Arc<LeaderQueue>,
 }
 
-impl Queues {
+impl LeaderQueues {
     /// Begins to wait for a shard, at which so many attempts failed before the last.
-    pub fn enter(&self, awaited: (GroupId, Want), attempts: u32, random: u64) -> Place<'_> {
+    pub fn enter(
+        &self,
+        awaited: (GroupId, AwaitedAccess),
+        attempts: u32,
+        random: u64,
+    ) -> QueuePlace<'_> {
         let mut shards = self.shards.lock();
         let queue = Arc::clone(
             shards
                 .entry(awaited)
-                .or_insert_with(|| Arc::new(Queue::new(attempts, random))),
+                .or_insert_with(|| Arc::new(LeaderQueue::new(attempts, random))),
         );
         queue.state.lock().waiting += 1;
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        Place {
+        QueuePlace {
             queues: self,
             awaited,
             queue,
@@ -79,13 +84,13 @@ impl Queues {
 
     /// The shard has done that: whoever waits for as much need wait no more. Where writes are
     /// taken, reads are too.
-    pub fn answered(&self, shard: GroupId, done: Want) {
+    pub fn answered(&self, shard: GroupId, done: AwaitedAccess) {
         if self.waiting.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let wants: &[Want] = match done {
-            Want::Read => &[Want::Read],
-            Want::Write => &[Want::Read, Want::Write],
+        let wants: &[AwaitedAccess] = match done {
+            AwaitedAccess::Read => &[AwaitedAccess::Read],
+            AwaitedAccess::Write => &[AwaitedAccess::Read, AwaitedAccess::Write],
         };
         for want in wants {
             let queue = self.shards.lock().get(&(shard, *want)).cloned();
@@ -96,10 +101,10 @@ impl Queues {
     }
 }
 
-impl Queue {
+impl LeaderQueue {
     fn new(attempts: u32, random: u64) -> Self {
         let next = Instant::now() + pause_after(attempts, random);
-        let state = State {
+        let state = QueueState {
             waiting: 0,
             attempts: attempts.saturating_add(1),
             next,
@@ -124,7 +129,7 @@ impl Queue {
     }
 }
 
-impl Place<'_> {
+impl QueuePlace<'_> {
     /// Returns when an attempt may be made: it is this one's turn, or the shard has answered
     /// another. `lead_changed` ends the wait too.
     pub async fn wait(&self, lead_changed: impl Future<Output = ()>, random: u64) {
@@ -154,7 +159,7 @@ impl Place<'_> {
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for QueuePlace<'_> {
     fn drop(&mut self) {
         self.queues.waiting.fetch_sub(1, Ordering::Relaxed);
         let mut shards = self.queues.shards.lock();

@@ -9,12 +9,12 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
-use super::attempt::{Course, Retry};
+use super::attempt::{Retry, RetryState};
 use super::coverage::Coverage;
 use super::{Router, ShardAccess, misfit, version};
 use crate::client::protocol::{ShardBody, ShardPage, ShardReply};
 use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Item, Options, Page, ScanRange, ScanRequest};
+use crate::client::store::{Failure, Item, MergedPage, Options, ScanRange, ScanRequest};
 use crate::sm::slots::slot_of;
 use crate::types::GroupId;
 
@@ -34,8 +34,8 @@ impl<A: ShardAccess> Router<A> {
         &self,
         request: ScanRequest,
         options: Options,
-    ) -> Result<Page, Failure> {
-        let mut course = Course::new(options).repeatable();
+    ) -> Result<MergedPage, Failure> {
+        let mut retry_state = RetryState::new(options).repeatable();
         let limit = request.limit.max(1);
         let mut range = Some(request.range);
         let mut items: Vec<Item> = Vec::new();
@@ -47,7 +47,7 @@ impl<A: ShardAccess> Router<A> {
                 limit: limit - items.len(),
                 keys_only: request.keys_only,
             };
-            let round = self.scan_round(&plan, &mut course).await?;
+            let round = self.scan_round(&plan, &mut retry_state).await?;
             let complete = round.take(request.reverse);
             range = complete.rest(&plan);
             bytes += complete
@@ -58,31 +58,39 @@ impl<A: ShardAccess> Router<A> {
             items.extend(complete.items);
             if items.len() > limit {
                 items.truncate(limit);
-                return Ok(Page { items, more: true });
+                return Ok(MergedPage { items, more: true });
             }
             if items.len() == limit || (bytes >= PAGE_BYTES_MAX && !items.is_empty()) {
-                return Ok(Page {
+                return Ok(MergedPage {
                     items,
                     more: range.is_some(),
                 });
             }
         }
-        Ok(Page { items, more: false })
+        Ok(MergedPage { items, more: false })
     }
 
     /// Asks until every slot is covered.
-    async fn scan_round(&self, plan: &RoundPlan, course: &mut Course) -> Result<Round, Failure> {
+    async fn scan_round(
+        &self,
+        plan: &RoundPlan,
+        retry_state: &mut RetryState,
+    ) -> Result<Round, Failure> {
         let mut round = Round::default();
         loop {
             let map = self.access.map();
             let retry = match map.as_deref() {
                 None => Retry::no_map(),
-                Some(map) => match self.ask_uncovered(map, plan, course, &mut round).await? {
+                Some(map) => match self
+                    .ask_uncovered(map, plan, retry_state, &mut round)
+                    .await?
+                {
                     None => return Ok(round),
                     Some(retry) => retry,
                 },
             };
-            self.pause(course, retry, version(map.as_deref())).await?;
+            self.pause(retry_state, retry, version(map.as_deref()))
+                .await?;
         }
     }
 
@@ -91,7 +99,7 @@ impl<A: ShardAccess> Router<A> {
         &self,
         map: &ShardMap,
         plan: &RoundPlan,
-        course: &Course,
+        retry_state: &RetryState,
         round: &mut Round,
     ) -> Result<Option<Retry>, Failure> {
         let mut shards: Vec<GroupId> = round
@@ -106,8 +114,8 @@ impl<A: ShardAccess> Router<A> {
         let ask = |shard: GroupId| {
             let call = self.call(
                 shard,
-                plan.body(count, course.options().consistency),
-                course.options(),
+                plan.body(count, retry_state.options().consistency),
+                retry_state.options(),
             );
             async move { (shard, call.await) }
         };
@@ -127,7 +135,7 @@ impl<A: ShardAccess> Router<A> {
                 }
                 ShardReply::Page(page) => round.add(page, plan.reverse),
                 ShardReply::NotOwned { slot } => retry = Some(Retry::not_owned(slot)),
-                ShardReply::Failed(failure) => retry = Some(course.judge(shard, failure)?),
+                ShardReply::Failed(failure) => retry = Some(retry_state.classify(shard, failure)?),
                 ShardReply::Got(_)
                 | ShardReply::Written(_)
                 | ShardReply::Counted { .. }

@@ -66,7 +66,7 @@ impl State {
                 if self.owner[&slot] != shard {
                     return ShardReply::NotOwned { slot };
                 }
-                ShardReply::Got(Found {
+                ShardReply::Got(GetOutcome {
                     record: self.shards[&shard].get(&key).cloned(),
                     staleness: None,
                 })

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
-use super::attempt::{Course, Retry};
+use super::attempt::{Retry, RetryState};
 use super::{Router, ShardAccess, check_key, misfit, version};
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::shard_map::ShardMap;
@@ -24,18 +24,18 @@ pub const SHARD_BYTES_MAX: usize = (8 << 20) + KEY_BYTES_MAX + (64 << 10);
 
 /// The operations of a write that fall to one shard.
 #[derive(Debug)]
-struct Part {
+struct WritePart {
     operations: Vec<Operation>,
     /// Where each is in the caller's list.
     positions: Vec<usize>,
-    course: Course,
+    retry_state: RetryState,
     /// Who the last shard asked said it gave a slot to. Believed where the map says nothing newer;
     /// the shard named checks it itself.
-    hint: Option<Hint>,
+    hint: Option<OwnerHint>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Hint {
+struct OwnerHint {
     slot: Slot,
     owner: GroupId,
     /// The shard that the map named, and that said so.
@@ -47,7 +47,7 @@ struct Progress {
     /// With positions in the caller's list.
     answered: Vec<(usize, Written)>,
     /// What is to be routed anew; the pause is over.
-    left: Option<Part>,
+    left: Option<WritePart>,
 }
 
 impl<A: ShardAccess> Router<A> {
@@ -76,27 +76,27 @@ impl<A: ShardAccess> Router<A> {
             .iter()
             .try_for_each(|operation| check_key(&operation.key))
             .map_err(WriteFailure::Failed)?;
-        let mut course = Course::new(options);
+        let mut retry_state = RetryState::new(options);
         let is_read = operations
             .iter()
             .all(|operation| operation.action == Action::Get);
         if !is_read {
-            course = course.writing();
+            retry_state = retry_state.writing();
         }
         if key.is_some() || is_read {
-            course = course.repeatable();
+            retry_state = retry_state.repeatable();
         }
         if operations.len() == 1 {
-            course = course.single_key();
+            retry_state = retry_state.single_key();
         }
         let map = self
-            .map_in_time(&mut course)
+            .map_in_time(&mut retry_state)
             .await
             .map_err(WriteFailure::Failed)?;
-        let whole = Part {
+        let whole = WritePart {
             positions: (0..operations.len()).collect(),
             operations,
-            course,
+            retry_state,
             hint: None,
         };
         let parts = split(whole, Some(&map));
@@ -107,24 +107,30 @@ impl<A: ShardAccess> Router<A> {
         Ok(self.write_parts(parts, key).await)
     }
 
-    pub(super) async fn map_in_time(&self, course: &mut Course) -> Result<Arc<ShardMap>, Failure> {
+    pub(super) async fn map_in_time(
+        &self,
+        retry_state: &mut RetryState,
+    ) -> Result<Arc<ShardMap>, Failure> {
         loop {
             match self.access.map() {
                 Some(map) => return Ok(map),
-                None => self.pause(course, Retry::no_map(), version(None)).await?,
+                None => {
+                    self.pause(retry_state, Retry::no_map(), version(None))
+                        .await?
+                }
             }
         }
     }
 
     async fn write_parts(
         &self,
-        mut parts: Vec<(GroupId, Part)>,
+        mut parts: Vec<(GroupId, WritePart)>,
         key: Option<Bytes>,
     ) -> Vec<Written> {
         let count = parts.iter().map(|(_, part)| part.positions.len()).sum();
         let mut answers: Vec<Written> =
             vec![Err(WriteFailure::Failed(misfit(GroupId::META))); count];
-        let mut fill = |progress: Progress| -> Vec<(GroupId, Part)> {
+        let mut fill = |progress: Progress| -> Vec<(GroupId, WritePart)> {
             progress
                 .answered
                 .into_iter()
@@ -139,7 +145,8 @@ impl<A: ShardAccess> Router<A> {
             let (shard, part) = parts.remove(0);
             parts = fill(self.write_part(shard, part, key.clone()).await);
         }
-        let attempt = |(shard, part): (GroupId, Part)| self.write_part(shard, part, key.clone());
+        let attempt =
+            |(shard, part): (GroupId, WritePart)| self.write_part(shard, part, key.clone());
         let mut running: FuturesUnordered<_> = parts.into_iter().map(attempt).collect();
         while let Some(progress) = running.next().await {
             running.extend(fill(progress).into_iter().map(attempt));
@@ -151,13 +158,13 @@ impl<A: ShardAccess> Router<A> {
     async fn write_part(
         &self,
         shard: GroupId,
-        part: Part,
+        part: WritePart,
         idempotency_key: Option<Bytes>,
     ) -> Progress {
         let map = self.access.map();
         let known = version(map.as_deref());
         let verdict = if shard.is_meta() {
-            Verdict::retry(Retry::unowned(), &part)
+            PartVerdict::retry(Retry::unowned(), &part)
         } else {
             // The operations are kept for another attempt; their keys and values are shared, not
             // copied.
@@ -167,8 +174,8 @@ impl<A: ShardAccess> Router<A> {
             };
             // Only those of a single key are sent elsewhere.
             let options = match part.operations.first() {
-                Some(first) => part.course.options_at(&first.key, map.as_deref()),
-                None => part.course.options(),
+                Some(first) => part.retry_state.options_at(&first.key, map.as_deref()),
+                None => part.retry_state.options(),
             };
             let reply = self.call(shard, ShardBody::Write(write), options).await;
             read_reply(reply, shard, &part)
@@ -180,12 +187,12 @@ impl<A: ShardAccess> Router<A> {
                 left: None,
             };
         };
-        left.hint = retry.hint.map(|(slot, owner)| Hint {
+        left.hint = retry.hint.map(|(slot, owner)| OwnerHint {
             slot,
             owner,
             instead_of: shard,
         });
-        match self.pause(&mut left.course, retry, known).await {
+        match self.pause(&mut left.retry_state, retry, known).await {
             Ok(()) => Progress {
                 answered,
                 left: Some(left),
@@ -202,7 +209,7 @@ impl<A: ShardAccess> Router<A> {
     }
 }
 
-impl Part {
+impl WritePart {
     fn owner(&self, key: &[u8], map: Option<&ShardMap>) -> GroupId {
         let slot = slot_of(key);
         let owner = map.map_or(GroupId::META, |map| map.owner(slot));
@@ -213,8 +220,8 @@ impl Part {
     }
 
     /// What is answered, and the part of what is not.
-    fn divide(self, answers: Vec<Option<Written>>) -> (Vec<(usize, Written)>, Part) {
-        let mut left = Part {
+    fn divide(self, answers: Vec<Option<Written>>) -> (Vec<(usize, Written)>, WritePart) {
+        let mut left = WritePart {
             operations: Vec::new(),
             positions: Vec::new(),
             ..self
@@ -237,14 +244,14 @@ impl Part {
 
 /// What a reply says of each operation of a part, and whether those without an answer may be tried
 /// again.
-struct Verdict {
+struct PartVerdict {
     answers: Vec<Option<Written>>,
     /// Present if and only if an answer is missing.
     retry: Option<Retry>,
 }
 
-impl Verdict {
-    fn retry(retry: Retry, part: &Part) -> Self {
+impl PartVerdict {
+    fn retry(retry: Retry, part: &WritePart) -> Self {
         Self {
             answers: vec![None; part.operations.len()],
             retry: Some(retry),
@@ -252,7 +259,7 @@ impl Verdict {
     }
 
     /// The same for all operations of the part.
-    fn of_all(judged: Result<Retry, WriteFailure>, part: &Part) -> Self {
+    fn of_all(judged: Result<Retry, WriteFailure>, part: &WritePart) -> Self {
         match judged {
             Ok(retry) => Self::retry(retry, part),
             Err(failure) => Self {
@@ -263,12 +270,12 @@ impl Verdict {
     }
 }
 
-fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
+fn read_reply(reply: ShardReply, shard: GroupId, part: &WritePart) -> PartVerdict {
     match reply {
         ShardReply::Written(WriteOutcome::Applied(outcomes))
             if outcomes.len() == part.operations.len() =>
         {
-            Verdict {
+            PartVerdict {
                 answers: outcomes
                     .into_iter()
                     .map(|outcome| Some(Ok(outcome)))
@@ -277,12 +284,12 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
             }
         }
         ShardReply::Written(WriteOutcome::Rejected(rejection)) => {
-            Verdict::of_all(judge_rejection(rejection, shard, part), part)
+            PartVerdict::of_all(judge_rejection(rejection, shard, part), part)
         }
         ShardReply::Written(WriteOutcome::Mixed(results))
             if results.len() == part.operations.len() =>
         {
-            let mut verdict = Verdict {
+            let mut verdict = PartVerdict {
                 answers: Vec::with_capacity(results.len()),
                 retry: None,
             };
@@ -299,10 +306,10 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
             }
             verdict
         }
-        ShardReply::NotOwned { slot } => Verdict::retry(Retry::not_owned(slot), part),
-        ShardReply::Failed(failure) => Verdict::of_all(
-            part.course
-                .judge(shard, failure)
+        ShardReply::NotOwned { slot } => PartVerdict::retry(Retry::not_owned(slot), part),
+        ShardReply::Failed(failure) => PartVerdict::of_all(
+            part.retry_state
+                .classify(shard, failure)
                 .map_err(WriteFailure::Failed),
             part,
         ),
@@ -315,7 +322,7 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
         | ShardReply::Counted { .. }
         | ShardReply::Moved(_)
         | ShardReply::MoveState(_) => {
-            Verdict::of_all(Err(WriteFailure::Failed(misfit(shard))), part)
+            PartVerdict::of_all(Err(WriteFailure::Failed(misfit(shard))), part)
         }
     }
 }
@@ -323,7 +330,7 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
 fn judge_rejection(
     rejection: WriteRejection,
     shard: GroupId,
-    part: &Part,
+    part: &WritePart,
 ) -> Result<Retry, WriteFailure> {
     match rejection {
         WriteRejection::WrongOwner { slot, moved_to } => {
@@ -339,15 +346,15 @@ fn judge_rejection(
                 None => WriteFailure::Failed(misfit(shard)),
             })
         }
-        WriteRejection::RequestsFull { .. } if part.course.maybe_done() => {
+        WriteRejection::RequestsFull { .. } if part.retry_state.maybe_done() => {
             let full = Failure::Overloaded {
                 limit: "remembered requests".into(),
                 retry_after_ms: 1000,
             };
-            Err(WriteFailure::Failed(part.course.settle(full)))
+            Err(WriteFailure::Failed(part.retry_state.final_failure(full)))
         }
         WriteRejection::AnswerTooLarge { bytes } => Err(WriteFailure::Failed(
-            part.course.settle(Failure::of_answer(bytes)),
+            part.retry_state.final_failure(Failure::of_answer(bytes)),
         )),
         WriteRejection::KeyReused { .. } | WriteRejection::RequestsFull { .. } => {
             Err(WriteFailure::Rejected(rejection))
@@ -356,8 +363,8 @@ fn judge_rejection(
 }
 
 /// By owner, each in the order of the caller's list.
-fn split(whole: Part, map: Option<&ShardMap>) -> Vec<(GroupId, Part)> {
-    let mut parts: BTreeMap<GroupId, Part> = BTreeMap::new();
+fn split(whole: WritePart, map: Option<&ShardMap>) -> Vec<(GroupId, WritePart)> {
+    let mut parts: BTreeMap<GroupId, WritePart> = BTreeMap::new();
     let owners: Vec<GroupId> = whole
         .operations
         .iter()
@@ -376,10 +383,10 @@ fn split(whole: Part, map: Option<&ShardMap>) -> Vec<(GroupId, Part)> {
         .zip(whole.positions)
         .zip(owners)
     {
-        let part = parts.entry(owner).or_insert_with(|| Part {
+        let part = parts.entry(owner).or_insert_with(|| WritePart {
             operations: Vec::new(),
             positions: Vec::new(),
-            course: whole.course.clone(),
+            retry_state: whole.retry_state.clone(),
             hint: whole.hint,
         });
         part.operations.push(operation);

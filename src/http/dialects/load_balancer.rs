@@ -25,7 +25,7 @@ use super::request::{options, read_body};
 use super::response::{HTML, TEXT, answer};
 use super::value::{DisplayValue, JsonText};
 use super::{json_list, python};
-use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
+use crate::client::store::{Consistency, Failure, GetOutcome, Options, WriteFailure};
 use crate::http::app::{App, SharedApp};
 use crate::http::dialect::Dialect;
 use crate::http::native::{STALENESS, staleness, unescape};
@@ -157,7 +157,7 @@ fn parse(body: &Bytes) -> Result<(Media, Bytes), DialectError> {
 
 async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectError> {
     body::discard(parts, body);
-    let Found {
+    let GetOutcome {
         record,
         staleness: age,
     } = find(app, key(parts.uri.path())?).await?;
@@ -178,7 +178,7 @@ async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
 
 /// The value of a key. Two nodes are no quorum when one of them is down; then the other answers
 /// from what it has, and says how old that is.
-async fn find(app: &App, key: Bytes) -> Result<Found, Failure> {
+async fn find(app: &App, key: Bytes) -> Result<GetOutcome, Failure> {
     let Some(shard) = shard_on_two_nodes(app, &key).await? else {
         return app.store.get(key, options()).await;
     };
@@ -205,7 +205,7 @@ async fn shard_on_two_nodes(app: &App, key: &[u8]) -> Result<Option<GroupId>, Fa
 
 /// What a quorum of two nodes has of a key, waited for less patiently where somebody has just done
 /// so in vain.
-async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<Found, Failure> {
+async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<GetOutcome, Failure> {
     let timeout = if app.quorum_timeouts.timed_out_recently(shard) {
         QUORUM_TIMEOUT_AFTER_TIMEOUT
     } else {

@@ -1,7 +1,7 @@
 //! The controllers: tasks that make what runs match the view, each for one thing, again and again.
 //!
-//! They share a [`NodeContext`](crate::node::context::NodeContext) and nothing else. A controller makes a
-//! round, waits, and is ended by its shutdown token; what it decides is decided in `sm`.
+//! They share a [`NodeContext`](crate::node::context::NodeContext) and nothing else. A controller
+//! makes a round, waits, and is ended by its shutdown token; what it decides is decided in `sm`.
 
 pub mod agreement;
 pub mod disk_watch;

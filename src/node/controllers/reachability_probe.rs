@@ -14,7 +14,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::enquiry::takes_connections;
+use crate::client::discovery::takes_connections;
 use crate::node::context::NodeContext;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{Replica, TransferError};

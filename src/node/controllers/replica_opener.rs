@@ -1,6 +1,6 @@
 //! [`ReplicaOpener`]: opens the replicas that the view gives this node; one that could not be
-//! opened, or has stopped, again after a pause. `replica_failures` knows which those are, and how long each
-//! rests.
+//! opened, or has stopped, again after a pause. `replica_failures` knows which those are, and how
+//! long each rests.
 //!
 //! What has failed before is opened beside everything else, since it may read a whole map each
 //! time.

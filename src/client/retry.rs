@@ -68,7 +68,7 @@ impl Effect {
 
 /// Who tells of a failure: the more they can know, the later they stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Speaker {
+pub enum FailureSource {
     /// There was no connection, or no answer on it.
     Nobody,
     /// It says what it lacks.
@@ -77,14 +77,14 @@ pub enum Speaker {
 
 /// The failure to be told of those that a request met at one server after the other.
 #[derive(Debug)]
-pub struct LastWord {
+pub struct FailureHistory {
     effect: Effect,
-    last: Option<(Speaker, Failure)>,
+    last: Option<(FailureSource, Failure)>,
     /// The first that leaves open whether it was done.
     maybe_done: Option<Failure>,
 }
 
-impl LastWord {
+impl FailureHistory {
     pub fn new(effect: Effect) -> Self {
         Self {
             effect,
@@ -97,7 +97,7 @@ impl LastWord {
     ///
     /// That a server has no quorum is worth more than that another, which may be dead for weeks,
     /// takes no connection; of two that are worth the same, the later counts.
-    pub fn hear(&mut self, by: Speaker, failure: Failure) {
+    pub fn hear(&mut self, by: FailureSource, failure: Failure) {
         let failure = self.effect.told(failure);
         if matches!(failure, Failure::Unknown { .. }) {
             self.maybe_done.get_or_insert_with(|| failure.clone());
@@ -114,7 +114,7 @@ impl LastWord {
 
     /// Returns what is told when `failure` ends the request: none unsays that it may have been done
     /// before.
-    pub fn settle(&self, failure: Failure) -> Failure {
+    pub fn final_failure(&self, failure: Failure) -> Failure {
         self.maybe_done.clone().unwrap_or(failure)
     }
 
@@ -196,16 +196,16 @@ mod tests {
 
     #[test]
     fn what_a_server_says_counts_for_more_than_one_that_is_silent() {
-        let told = |effect: Effect, heard: &[(Speaker, Failure)]| {
-            let mut last = LastWord::new(effect);
+        let told = |effect: Effect, heard: &[(FailureSource, Failure)]| {
+            let mut last = FailureHistory::new(effect);
             heard
                 .iter()
                 .for_each(|(by, failure)| last.hear(*by, failure.clone()));
             last.failure().cloned()
         };
-        let no_quorum = (Speaker::Server, unavailable("no quorum"));
-        let dead = (Speaker::Nobody, unavailable("connection refused"));
-        let reset = (Speaker::Nobody, unknown("reset"));
+        let no_quorum = (FailureSource::Server, unavailable("no quorum"));
+        let dead = (FailureSource::Nobody, unavailable("connection refused"));
+        let reset = (FailureSource::Nobody, unknown("reset"));
         assert_eq!(told(Effect::Safe, &[]), None);
         assert_eq!(
             told(Effect::Safe, &[no_quorum.clone(), dead.clone()]),

@@ -21,30 +21,30 @@ const FRESH_FOR: Duration = Duration::from_secs(1);
 
 /// Tells whom to ask, and remembers for a moment which homes answered.
 #[derive(Debug)]
-pub struct Contacts {
+pub struct HomeProbe {
     caller: ShardCaller,
     ask_timeout: Duration,
     /// Which nodes are members.
-    members: Answers,
+    members: ProbeCache,
 }
 
 /// What nodes answered to one question, for a moment. Those who ask about one node meanwhile share
 /// the answer; a node that says nothing holds up nobody who asks about another.
 #[derive(Debug, Default)]
-struct Answers {
-    nodes: Mutex<HashMap<Address, Arc<Cell>>>,
+struct ProbeCache {
+    nodes: Mutex<HashMap<Address, Arc<ProbeCell>>>,
 }
 
 /// Held while its node is asked.
-type Cell = tokio::sync::Mutex<Option<Heard>>;
+type ProbeCell = tokio::sync::Mutex<Option<ProbeAnswer>>;
 
 #[derive(Debug, Clone, Copy)]
-struct Heard {
+struct ProbeAnswer {
     at: Instant,
     yes: bool,
 }
 
-impl Answers {
+impl ProbeCache {
     /// Returns what a node answered a moment ago, or asks it.
     async fn recall(&self, address: &Address, ask: impl Future<Output = bool>) -> bool {
         let cell = self.cell(address);
@@ -54,14 +54,14 @@ impl Answers {
         }
 
         let yes = ask.await;
-        *heard = Some(Heard {
+        *heard = Some(ProbeAnswer {
             at: Instant::now(),
             yes,
         });
         yes
     }
 
-    fn cell(&self, address: &Address) -> Arc<Cell> {
+    fn cell(&self, address: &Address) -> Arc<ProbeCell> {
         let mut nodes = self.nodes.lock();
         // One that is locked is in use.
         nodes.retain(|_, cell| {
@@ -72,17 +72,17 @@ impl Answers {
         nodes.entry(address.clone()).or_default().clone()
     }
 
-    fn is_fresh(heard: &Heard) -> bool {
+    fn is_fresh(heard: &ProbeAnswer) -> bool {
         heard.at.elapsed() < FRESH_FOR
     }
 }
 
-impl Contacts {
+impl HomeProbe {
     pub fn new(caller: ShardCaller) -> Self {
         Self {
             caller,
             ask_timeout: ASK_TIMEOUT,
-            members: Answers::default(),
+            members: ProbeCache::default(),
         }
     }
 
@@ -187,7 +187,7 @@ mod tests {
     async fn named(home: &Address, leader: Option<u64>) -> (Option<Address>, Address) {
         let other = nobody().await;
         let map = ShardMap::from_status(&status(1, None, &[home.clone(), other.clone()]));
-        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
+        let contacts = HomeProbe::new(ShardCaller::new().expect("a client"));
         let first = contacts
             .of(&map, GroupId(1), leader.map(NodeId), |node| &node.public)
             .await;
@@ -231,8 +231,8 @@ mod tests {
         serve(listener, |_| std::future::pending());
         let (well, listener) = bind().await;
         node(&well, listener, member);
-        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
-        let contacts = Contacts {
+        let contacts = HomeProbe::new(ShardCaller::new().expect("a client"));
+        let contacts = HomeProbe {
             ask_timeout: Duration::from_secs(20),
             ..contacts
         };
@@ -249,7 +249,7 @@ mod tests {
     #[tokio::test]
     async fn nobody_is_named_for_a_shard_that_is_not_there() {
         let map = ShardMap::from_status(&status(1, None, &[nobody().await]));
-        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
+        let contacts = HomeProbe::new(ShardCaller::new().expect("a client"));
         assert_eq!(
             contacts
                 .of(&map, GroupId(9), Some(NodeId(1)), |node| &node.public)

@@ -1,9 +1,9 @@
 //! What a gateway knows of how its cluster is.
 //!
-//! [`Lookout::run`] looks at the cluster every so often: it asks a member for the status (each time
-//! another, which keeps the map and the list of members fresh, so that a gateway outlives every
-//! node that it was started with) and sees whether the leaders can be reached from here. Asking for
-//! the verdict costs nothing; it is as old as the last look.
+//! [`GatewayReadiness::run`] looks at the cluster every so often: it asks a member for the status
+//! (each time another, which keeps the map and the list of members fresh, so that a gateway
+//! outlives every node that it was started with) and sees whether the leaders can be reached from
+//! here. Asking for the verdict costs nothing; it is as old as the last look.
 
 use parking_lot::RwLock;
 use std::collections::BTreeSet;
@@ -40,7 +40,7 @@ pub struct Trouble {
 
 /// What a look found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Look {
+pub struct ClusterCheck {
     pub at: Instant,
     pub trouble: Option<Trouble>,
     pub nodes: usize,
@@ -49,9 +49,9 @@ pub struct Look {
 }
 
 #[derive(Debug)]
-pub struct Lookout {
+pub struct GatewayReadiness {
     store: Arc<RemoteStore>,
-    last: RwLock<Option<Look>>,
+    last: RwLock<Option<ClusterCheck>>,
     /// What keeps each kind of trouble from being said with every look: its reason may be another
     /// each time.
     said: [(&'static str, Rarely); CODES.len()],
@@ -64,13 +64,13 @@ const CODES: [&str; 2] = ["no-leader", "unreachable"];
 
 /// What is said of a look.
 #[derive(Debug, PartialEq, Eq)]
-enum Line {
+enum ReadinessMessage {
     /// With how often it was left out.
     Trouble(String, u64),
     Ready,
 }
 
-impl Lookout {
+impl GatewayReadiness {
     pub fn new(store: Arc<RemoteStore>) -> Self {
         let said = CODES.map(|code| (code, Rarely::new()));
         Self {
@@ -82,7 +82,7 @@ impl Lookout {
     }
 
     /// What the last look found; none: the first is not over.
-    pub fn last(&self) -> Option<Look> {
+    pub fn last(&self) -> Option<ClusterCheck> {
         self.last.read().clone()
     }
 
@@ -95,7 +95,7 @@ impl Lookout {
                 code: "starting",
                 reason: "no member has answered yet".into(),
             }),
-            Some(Look {
+            Some(ClusterCheck {
                 trouble: Some(trouble),
                 ..
             }) => Err(trouble),
@@ -124,7 +124,7 @@ impl Lookout {
         shutdown.run_until_cancelled(looks).await;
     }
 
-    async fn look(&self) -> Look {
+    async fn look(&self) -> ClusterCheck {
         let status = match self.store.status().await {
             Ok(status) => status,
             Err(failure) => {
@@ -136,7 +136,7 @@ impl Lookout {
                 let (nodes, shards, map_version) = before.map_or((0, 0, 0), |look| {
                     (look.nodes, look.shards, look.map_version)
                 });
-                return Look {
+                return ClusterCheck {
                     at: Instant::now(),
                     trouble: Some(trouble),
                     nodes,
@@ -156,7 +156,7 @@ impl Lookout {
             .filter(|(_, answers)| !answers)
             .map(|(leader, _)| leader)
             .collect();
-        Look {
+        ClusterCheck {
             at: Instant::now(),
             trouble: judge(&status, &silent),
             nodes: status.nodes.len(),
@@ -166,27 +166,29 @@ impl Lookout {
     }
 
     /// Keeps it, and says what is worth a line.
-    fn note(&self, look: Look) {
+    fn note(&self, look: ClusterCheck) {
         match self.line(&look) {
-            Some(Line::Trouble(reason, left_out)) => {
+            Some(ReadinessMessage::Trouble(reason, left_out)) => {
                 tracing::warn!(left_out, "not ready: {reason}")
             }
-            Some(Line::Ready) => tracing::info!(nodes = look.nodes, shards = look.shards, "ready"),
+            Some(ReadinessMessage::Ready) => {
+                tracing::info!(nodes = look.nodes, shards = look.shards, "ready")
+            }
             None => {}
         }
         *self.last.write() = Some(look);
     }
 
     /// Returns what to say of a look: of each kind of trouble at first, and then once a minute.
-    fn line(&self, look: &Look) -> Option<Line> {
+    fn line(&self, look: &ClusterCheck) -> Option<ReadinessMessage> {
         let Some(trouble) = &look.trouble else {
             let was_said = self.is_trouble_said.swap(false, Ordering::Relaxed);
-            return (was_said || self.last().is_none()).then_some(Line::Ready);
+            return (was_said || self.last().is_none()).then_some(ReadinessMessage::Ready);
         };
         let (_, said) = self.said.iter().find(|(code, _)| *code == trouble.code)?;
         let left_out = said.due()?;
         self.is_trouble_said.store(true, Ordering::Relaxed);
-        Some(Line::Trouble(trouble.reason.clone(), left_out))
+        Some(ReadinessMessage::Trouble(trouble.reason.clone(), left_out))
     }
 }
 
@@ -250,7 +252,7 @@ mod tests {
             }
         });
         let store = Arc::new(RemoteStore::connect(vec![address]).expect("a client"));
-        let lookout = Lookout::new(store);
+        let lookout = GatewayReadiness::new(store);
         assert_eq!(
             lookout.ready().expect_err("it has not looked").code,
             "starting"
@@ -280,7 +282,7 @@ mod tests {
             }
             async move { Some(json(&status)) }
         });
-        let lookout = Lookout::new(Arc::new(
+        let lookout = GatewayReadiness::new(Arc::new(
             RemoteStore::connect(vec![address]).expect("a client"),
         ));
         lookout.note(lookout.look().await);
@@ -292,12 +294,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn trouble_that_stays_is_said_once_however_its_reason_reads() {
-        let lookout = Lookout::new(Arc::new(
+        let lookout = GatewayReadiness::new(Arc::new(
             RemoteStore::connect(Vec::new()).expect("a client"),
         ));
         let look = |trouble: Option<(&'static str, String)>| {
             let trouble = trouble.map(|(code, reason)| Trouble { code, reason });
-            Look {
+            ClusterCheck {
                 at: Instant::now(),
                 trouble,
                 nodes: 1,
@@ -316,7 +318,10 @@ mod tests {
         }
         assert_eq!(
             lines,
-            [Line::Trouble("member 0 does not answer".to_owned(), 0)]
+            [ReadinessMessage::Trouble(
+                "member 0 does not answer".to_owned(),
+                0
+            )]
         );
         assert!(
             lookout
@@ -324,7 +329,7 @@ mod tests {
                 .is_some(),
             "that is another"
         );
-        assert_eq!(lookout.line(&look(None)), Some(Line::Ready));
+        assert_eq!(lookout.line(&look(None)), Some(ReadinessMessage::Ready));
         assert_eq!(
             lookout.line(&look(Some(("unreachable", String::new())))),
             None,
@@ -336,10 +341,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_old_verdict_is_worth_nothing() {
-        let lookout = Lookout::new(Arc::new(
+        let lookout = GatewayReadiness::new(Arc::new(
             RemoteStore::connect(Vec::new()).expect("a client"),
         ));
-        lookout.note(Look {
+        lookout.note(ClusterCheck {
             at: Instant::now(),
             trouble: None,
             nodes: 1,
