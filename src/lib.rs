@@ -1,5 +1,6 @@
 //! Quorate: a sharded, linearizable key-value store.
 
+pub mod api;
 pub mod budget;
 pub mod cli;
 pub mod client;
@@ -8,6 +9,7 @@ pub mod descriptors;
 pub mod http;
 pub mod node;
 pub mod raft;
+pub mod routing;
 pub mod sm;
 pub mod storage;
 pub mod supervisor;

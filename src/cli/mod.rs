@@ -21,10 +21,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::api::store::Failure;
+use crate::api::view_change::ViewChangeFailure;
 use crate::cli::serve::ServeError;
 use crate::client::native::NativeError;
-use crate::client::store::Failure;
-use crate::client::view_change::ViewChangeFailure;
 
 /// A sharded, linearizable key-value store.
 #[derive(Debug, Parser)]

@@ -18,12 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::node_flags::ServeArguments;
 use super::signals;
-use crate::client::peer::{
+use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
     Identity, PromiseReply, PromiseRequest, SetUpError,
 };
-use crate::client::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
-use crate::client::store::Failure;
+use crate::api::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
+use crate::api::store::Failure;
 use crate::config::NodeConfig;
 use crate::http::MetricKind;
 use crate::http::{

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::shard_map::{NodePlace, ShardMap};
+use crate::api::shard_map::{NodePlace, ShardMap};
 use crate::types::Address;
 
 /// How long a node that did not answer is asked last.

@@ -15,9 +15,9 @@ use futures::future::join_all;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::protocol::{ClusterStatus, ShardStatus};
 use super::remote::RemoteStore;
-use super::store::Store;
+use crate::api::protocol::{ClusterStatus, ShardStatus};
+use crate::api::store::Store;
 use crate::telemetry::Rarely;
 use crate::types::NodeId;
 

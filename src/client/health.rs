@@ -7,8 +7,8 @@ use http::header::HOST;
 use http::{Request, StatusCode};
 use http_body_util::Full;
 
-use super::problem;
 use super::wire::Connection;
+use crate::routing::problem;
 use crate::types::Address;
 
 /// Whether the answer to `GET` of this path is 200. The connection must be made `within` that time;

@@ -15,11 +15,11 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::problem;
-use super::protocol::{ClusterStatus, ScrubStatus};
-use super::retry::{Effect, FailureHistory, FailureSource, server_timeout_ms};
-use super::store::Failure;
 use super::wire::Connection;
+use crate::api::protocol::{ClusterStatus, ScrubStatus};
+use crate::api::store::Failure;
+use crate::routing::problem;
+use crate::routing::retry::{Effect, FailureHistory, FailureSource, server_timeout_ms};
 use crate::types::{Address, Revision};
 
 /// What stands in a path as itself: unreserved characters (RFC 3986, section 2.3) and the slash.

@@ -1,4 +1,4 @@
-//! The remote cluster as a [`Store`](super::store::Store): a router over HTTP calls to the shards'
+//! The remote cluster as a [`Store`](crate::api::store::Store): a router over HTTP calls to the shards'
 //! leaders.
 //!
 //! [`HttpAccess`] learns the shard map from `GET /v1/cluster` of any node that it knows, and
@@ -15,20 +15,20 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use super::address_book::AddressBook;
-use super::call::{CallError, ShardCaller, failure_of, silence, time_to_answer_ms};
-use super::discovery;
-use super::home_probe::HomeProbe;
-use super::peer::SetUpError;
-use super::protocol::{ClusterStatus, Hop, ShardBody, ShardReply, ShardRequest};
-use super::reply::{self, SMALL_BYTES_MAX};
-use super::retry::{Effect, FailureHistory, FailureSource};
-use super::router::{Router, ShardAccess};
-use super::shard_map::ShardMap;
-use super::store::{Consistency, Failure, Options};
-use super::view_change::{
+use crate::api::peer::SetUpError;
+use crate::api::protocol::{ClusterStatus, Hop, ShardBody, ShardReply, ShardRequest};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Consistency, Failure, Options};
+use crate::api::view_change::{
     self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
 };
 use crate::budget::Budget;
+use crate::routing::call::{CallError, ShardCaller, failure_of, silence, time_to_answer_ms};
+use crate::routing::discovery;
+use crate::routing::home_probe::HomeProbe;
+use crate::routing::reply::{self, SMALL_BYTES_MAX};
+use crate::routing::retry::{Effect, FailureHistory, FailureSource};
+use crate::routing::router::{Router, ShardAccess};
 use crate::sm::kv::{Action, Write};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 

@@ -12,8 +12,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
-use super::problem::{MEDIA_TYPE, TYPE_PREFIX};
-use super::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::api::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::routing::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use crate::sm::cluster::view::{PlacementSpec, SlotTable};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId,

@@ -14,8 +14,8 @@ use axum::response::Response;
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 
+use crate::api::store::Failure;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
-use crate::client::store::Failure;
 
 /// Marks an answer that is charged: by [`charge`], or because its body is a value that is.
 #[derive(Debug, Clone, Copy)]

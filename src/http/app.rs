@@ -13,8 +13,8 @@ use super::metrics::{Metrics, RequestTimer};
 use super::peer::PeerService;
 use super::readiness::Readiness;
 use super::server::ClientInfo;
+use crate::api::store::Store;
 use crate::budget::Budget;
-use crate::client::store::Store;
 
 /// What the routes work on.
 pub struct App {

@@ -13,8 +13,8 @@ use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::readiness::Readiness;
-use crate::client::store::{Failure, Options, Store};
-use crate::client::view_change::ChangeInProgress;
+use crate::api::store::{Failure, Options, Store};
+use crate::api::view_change::ChangeInProgress;
 use crate::types::PlanEpoch;
 
 /// Between two looks at a change: small changes are done in a moment, large ones take minutes.
@@ -221,7 +221,7 @@ mod tests {
     use futures::future::join_all;
 
     use super::*;
-    use crate::client::store::{Consistency, Routing};
+    use crate::api::store::{Consistency, Routing};
     use crate::http::testing::{FakeStore, Site, Switch};
     use crate::http::{App, Limits, Metrics};
 

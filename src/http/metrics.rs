@@ -25,8 +25,8 @@ use super::dialects::no_room;
 use super::problem::{Code, Problem, ProblemCode};
 use super::prometheus::{Exposition, MetricKind, MetricSource};
 use super::{answer_budget, process_metrics};
+use crate::api::store::Failure;
 use crate::budget::Budget;
-use crate::client::store::Failure;
 use crate::telemetry::Rarely;
 
 /// Upper bounds of the latency buckets, in microseconds. From a cached read to the longest timeout.

@@ -37,9 +37,9 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use serde_json::{Map, Value};
 
-use crate::client::problem::{MEDIA_TYPE, TYPE_PREFIX};
-use crate::client::store::Failure;
-use crate::client::view_change::{EPOCH_CHANGED, NODE_NOT_READY, VIEW_REFUSED, ViewChangeFailure};
+use crate::api::store::Failure;
+use crate::api::view_change::{EPOCH_CHANGED, NODE_NOT_READY, VIEW_REFUSED, ViewChangeFailure};
+use crate::routing::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use crate::sm::kv::WriteRejection;
 use crate::types::{Address, PlanEpoch, Revision};
 

@@ -19,20 +19,20 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server};
-use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::client::peer::{
+use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
     Identity, PromiseReply, PromiseRequest, Standing,
 };
-use crate::client::protocol::{
+use crate::api::protocol::{
     ClusterStatus, Hop, NodeStatus, ReplicaHealth, ReplicaStatus, ScrubStatus, ShardReply,
     ShardRequest, ShardStatus,
 };
-use crate::client::shard_map::ShardMap;
-use crate::client::store::*;
-use crate::client::view_change::{
+use crate::api::shard_map::ShardMap;
+use crate::api::store::*;
+use crate::api::view_change::{
     ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure,
 };
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{GroupSpec, NodeSpec, PlacementSpec, View};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, WriteRejection};

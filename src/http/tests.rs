@@ -16,11 +16,11 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::testing::{PATIENCE, Site, identity, request};
 use super::{Limits, NotReady};
-use crate::client::peer::{
+use crate::api::peer::{
     Announcement, PeerCaller, PeerError, PromiseReply, PromiseRequest, Standing,
 };
-use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
-use crate::client::store::{Consistency, Failure};
+use crate::api::protocol::{ShardBody, ShardReply, ShardRequest};
+use crate::api::store::{Consistency, Failure};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::NodeSpec;
 use crate::sm::codec;

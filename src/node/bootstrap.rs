@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::client::peer::{Identity, PromiseRequest, Standing};
+use crate::api::peer::{Identity, PromiseRequest, Standing};
 use crate::sm::cluster::view::View;
 use crate::sm::level::TooOld;
 use crate::storage::directory::Stamp;

@@ -20,19 +20,19 @@ use super::full_disks::FullDisks;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
 use super::replica_failures::ReplicaFailures;
-use crate::client::call::ShardCaller;
-use crate::client::peer::{
+use crate::api::peer::{
     Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError,
 };
-use crate::client::protocol::{
+use crate::api::protocol::{
     ClusterStatus, Hop, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
 };
-use crate::client::shard_map::ShardMap;
-use crate::client::store::Failure;
+use crate::api::shard_map::ShardMap;
+use crate::api::store::Failure;
 use crate::raft::ProposeError;
 use crate::raft::Replica;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, WitnessReplica};
+use crate::routing::call::ShardCaller;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{NodeSpec, View, WitnessSpec as Seat};
 use crate::sm::kv;

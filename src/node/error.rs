@@ -1,6 +1,6 @@
 //! Reasons why a node does not start, or stops by itself: [`NodeError`] and [`StartError`].
 
-use crate::client::peer;
+use crate::api::peer;
 use crate::config::ConfigError;
 use crate::raft::OpenError;
 use crate::sm::level::TooOld;

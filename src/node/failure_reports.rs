@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::client::peer::FailedReplica;
+use crate::api::peer::FailedReplica;
 use crate::sm::cluster::repair::Failing;
 use crate::sm::cluster::view::View;
 use crate::types::{Address, DirectoryId, GroupId, NodeId, ReplicaId};

@@ -20,7 +20,7 @@ use super::context::NodeContext;
 use super::error::NodeError;
 use super::join::{Joined, Joining};
 use super::pause;
-use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
+use crate::api::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
 use crate::raft::transport::lanes::PeerRefusal;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};

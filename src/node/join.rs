@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{self, BootstrapStep, OwnFacts, PeerAnswer, WaitReason};
 use super::platform::Platform;
-use crate::client::peer::{
+use crate::api::peer::{
     FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
 };
 use crate::config::NodeConfig;

@@ -17,20 +17,20 @@ use super::locator::Locator;
 use super::move_destination;
 use super::operator::Operator;
 use super::unreadable::tell_unreadable;
-use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
-use crate::client::call::{CallError, time_to_answer_ms};
-use crate::client::home_probe::HomeProbe;
-use crate::client::protocol::{ClusterStatus, Hop, ShardBody, ShardPage, ShardReply, ShardRequest};
-use crate::client::retry::FailureSource;
-use crate::client::router::{ShardAccess, check_operations};
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{Consistency, Failure, GetOutcome, Item, Options, Routing, Staleness};
-use crate::client::view_change::{
+use crate::api::protocol::{ClusterStatus, Hop, ShardBody, ShardPage, ShardReply, ShardRequest};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Consistency, Failure, GetOutcome, Item, Options, Routing, Staleness};
+use crate::api::view_change::{
     self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
 };
+use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 use crate::raft::Replica;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{ProposeError, ReadError};
+use crate::routing::call::{CallError, time_to_answer_ms};
+use crate::routing::home_probe::HomeProbe;
+use crate::routing::retry::FailureSource;
+use crate::routing::router::{ShardAccess, check_operations};
 use crate::sm::cluster::view::SlotMove;
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};

@@ -15,10 +15,10 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::context::{NodeContext, PeerPlace};
-use crate::client::call::{CallError, time_to_answer_ms};
-use crate::client::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
-use crate::client::store::{Consistency, Failure};
+use crate::api::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
+use crate::api::store::{Consistency, Failure};
 use crate::raft::Replica;
+use crate::routing::call::{CallError, time_to_answer_ms};
 use crate::types::{GroupId, NodeId};
 
 /// How long the leader is looked for in one go. Another is elected by then, and whoever still waits

@@ -44,19 +44,19 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
-use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::client::peer::{
+use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
     Identity, PeerCaller, PromiseReply, PromiseRequest,
 };
-use crate::client::protocol::{ClusterStatus, Hop, ScrubStatus, ShardReply, ShardRequest};
-use crate::client::remote::RemoteStore;
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{
+use crate::api::protocol::{ClusterStatus, Hop, ScrubStatus, ShardReply, ShardRequest};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{
     Failure, GetManyRequest, GetOutcome, MergedPage, Options, ScanRequest, Store, WriteFailure,
     Written,
 };
-use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::api::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
+use crate::client::remote::RemoteStore;
 use crate::config::NodeConfig;
 use crate::raft::transport::lanes::DirectoryRejection;
 use crate::sm::cluster::meta;

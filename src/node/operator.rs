@@ -12,10 +12,10 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use super::context::{NodeContext, read_applied_view, read_view_now};
-use crate::client::peer::{Identity, Standing};
-use crate::client::protocol::ClusterStatus;
-use crate::client::store::{Failure, Options};
-use crate::client::view_change::{
+use crate::api::peer::{Identity, Standing};
+use crate::api::protocol::ClusterStatus;
+use crate::api::store::{Failure, Options};
+use crate::api::view_change::{
     ChangeInProgress, Phase, PlannedChange, ReplicationFactor, Shards, ViewChange,
     ViewChangeFailure,
 };

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::context::NodeContext;
-use crate::client::store::Failure;
+use crate::api::store::Failure;
 use crate::sm::cluster::view::{GroupSpec, View};
 use crate::types::{GroupId, NodeId};
 

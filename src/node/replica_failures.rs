@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::client::peer::FailedReplica;
+use crate::api::peer::FailedReplica;
 use crate::sm::recovery::{FailureCause, retry_pause_ms};
 use crate::storage::ReplicaKey;
 

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use quorate::client::protocol::{ClusterStatus, ReplicaHealth};
+use quorate::api::protocol::{ClusterStatus, ReplicaHealth};
 use tempfile::TempDir;
 
 use crate::common::cluster::{Cluster, READY_LIMIT, Setup};

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use quorate::client::protocol::{ClusterStatus, ReplicaHealth, ShardStatus};
+use quorate::api::protocol::{ClusterStatus, ReplicaHealth, ShardStatus};
 use quorate::sm::slots::slot_of;
 use quorate::types::NodeId;
 

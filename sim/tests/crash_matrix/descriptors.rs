@@ -8,7 +8,7 @@ use futures::future::ready;
 use super::case::{hosts, until};
 use super::host::addresses;
 use super::machine::End;
-use quorate::client::store::{Failure, Options, Routing, Store};
+use quorate::api::store::{Failure, Options, Routing, Store};
 use quorate::types::GroupId;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -15,9 +15,9 @@ use super::case::{hosts, until};
 use super::history::options;
 use super::host::{Host, addresses};
 use super::machine::End;
-use quorate::client::protocol::{ClusterStatus, ReplicaHealth};
+use quorate::api::protocol::{ClusterStatus, ReplicaHealth};
+use quorate::api::store::Store;
 use quorate::client::remote::RemoteStore;
-use quorate::client::store::Store;
 use quorate::node::Node;
 use quorate::raft::ProposeError;
 use quorate::sm::cluster::view::PlacementSpec;
@@ -316,7 +316,7 @@ async fn a_replica_of_the_meta_group_that_cannot_be_opened_is_replaced_too() {
 
 async fn told_node(cluster: &Cluster, host: &Host) -> NodeId {
     let status = cluster.status_when("it is known", |_| true).await;
-    let of = |node: &&quorate::client::protocol::NodeStatus| node.address == *host.address();
+    let of = |node: &&quorate::api::protocol::NodeStatus| node.address == *host.address();
     status.nodes.iter().find(of).expect("a node of the view").id
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use quorate::client::store::{Consistency, Options, Routing, Store};
+use quorate::api::store::{Consistency, Options, Routing, Store};
 use quorate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome};
 use quorate::sm::slots::slot_of;
 use quorate::types::Slot;

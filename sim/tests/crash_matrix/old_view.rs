@@ -8,9 +8,9 @@ use futures::future::ready;
 use super::case::{accept, hosts, settle, until};
 use super::host::{Host, addresses};
 use super::machine::End;
-use quorate::client::peer::Standing;
+use quorate::api::peer::Standing;
+use quorate::api::view_change::ViewChange;
 use quorate::client::remote::RemoteStore;
-use quorate::client::view_change::ViewChange;
 use quorate::sm::cluster::view::View;
 use quorate::types::{Address, GroupId, NodeId, ReplicaId};
 

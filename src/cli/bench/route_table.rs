@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use crate::api::shard_map::ShardMap;
 use crate::client::native::NativeClient;
-use crate::client::shard_map::ShardMap;
 use crate::types::{Address, Slot};
 
 /// At most this often: with a leader gone, every worker wants a newer map.

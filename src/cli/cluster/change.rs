@@ -13,13 +13,13 @@ use tokio::time::{Instant, sleep};
 use super::client::ClusterClient;
 use super::output::{CHANGE_EXIT_CODES, as_json, bytes, print, print_error_line};
 use super::progress::ChangeFollower;
-use crate::cli::{CliError, Exit};
-use crate::client::protocol::ClusterStatus;
-use crate::client::store::Store;
-use crate::client::view_change::{
+use crate::api::protocol::ClusterStatus;
+use crate::api::store::Store;
+use crate::api::view_change::{
     Auto, ChangeInProgress, PerNode, PlannedChange, ReplicationFactor, Shards, ViewChange,
     ViewChangeFailure,
 };
+use crate::cli::{CliError, Exit};
 use crate::types::Address;
 
 /// How often a plan is drawn up again because the view has changed meanwhile. Others would have to

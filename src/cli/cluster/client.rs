@@ -1,10 +1,10 @@
 //! [`ClusterClient`]: the cluster that a command is about.
 
+use crate::api::store::{Consistency, Failure, Options, Routing};
 use crate::cli::CliError;
 use crate::cli::servers::Servers;
 use crate::client::native::NativeClient;
 use crate::client::remote::RemoteStore;
-use crate::client::store::{Consistency, Failure, Options, Routing};
 
 /// The cluster that a command is about.
 pub struct ClusterClient {

@@ -23,7 +23,7 @@ use self::progress::ChangeFollower;
 use self::scrub::ScrubBegin;
 use super::servers::{Servers, seconds};
 use super::{CliError, EXIT_CODES, Exit, print_error};
-use crate::client::store::Store;
+use crate::api::store::Store;
 use crate::types::{Address, PlanEpoch};
 
 #[derive(Debug, Args)]

@@ -10,9 +10,9 @@ use tokio::time::{Instant, sleep};
 
 use super::client::ClusterClient;
 use super::output::{as_json, bytes, count, print, print_error_line};
+use crate::api::store::{Failure, Options, Store};
+use crate::api::view_change::{ChangeInProgress, Phase};
 use crate::cli::{CliError, Exit};
-use crate::client::store::{Failure, Options, Store};
-use crate::client::view_change::{ChangeInProgress, Phase};
 
 /// Between two looks: small changes are done in a moment.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(50);

@@ -13,10 +13,10 @@ use tokio::time::{Instant, sleep};
 use super::client::ClusterClient;
 use super::output::{bytes, count, print, print_error_line};
 use super::progress::{StatusLine, bar};
+use crate::api::protocol::ScrubStatus;
+use crate::api::store::Failure;
 use crate::cli::{CliError, Exit, print_error};
 use crate::client::native::{NativeClient, NativeError};
-use crate::client::protocol::ScrubStatus;
-use crate::client::store::Failure;
 use crate::types::Address;
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -229,7 +229,7 @@ fn conclude<'a>(states: impl Iterator<Item = &'a ScrubState>) -> Result<Exit, Cl
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::protocol::ScrubDamage;
+    use crate::api::protocol::ScrubDamage;
 
     fn scrub() -> ScrubStatus {
         ScrubStatus {

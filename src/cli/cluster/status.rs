@@ -4,10 +4,8 @@ use std::collections::BTreeMap;
 
 use super::output::{bytes, count};
 use super::progress::what_is_left;
-use crate::client::protocol::{
-    ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
-};
-use crate::client::view_change::ChangeInProgress;
+use crate::api::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::api::view_change::ChangeInProgress;
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, NodeId};
 
@@ -332,10 +330,10 @@ fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::peer::FailedReplica;
-    use crate::client::protocol::MoveStatus;
+    use crate::api::peer::FailedReplica;
+    use crate::api::protocol::MoveStatus;
+    use crate::api::view_change::Phase;
     use crate::client::testing;
-    use crate::client::view_change::Phase;
     use crate::sm::recovery::FailureCause;
     use crate::types::{GroupId, MoveId, PlanEpoch, ReplicaId};
 

@@ -7,8 +7,8 @@ use http::Response;
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::client::peer::{Identity, Standing};
-use crate::client::store::{GetOutcome, Routing, Store, WriteFailure};
+use crate::api::peer::{Identity, Standing};
+use crate::api::store::{GetOutcome, Routing, Store, WriteFailure};
 use crate::client::testing::{answer, bind, json, nobody, problem, serve, status};
 use crate::sm::codec;
 use crate::sm::kv::{Condition, Media, Operation, OperationOutcome, WriteOutcome};

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::bit_strings;
 use super::error::DialectError;
 use super::request::{ANSWER_TIMEOUT, options};
-use crate::client::store::{Failure, Options, Store, WriteFailure, Written as Answer};
+use crate::api::store::{Failure, Options, Store, WriteFailure, Written as Answer};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
 

@@ -37,7 +37,7 @@ use super::json_list::{self, BudgetedVec, KeyValue, MemberNames, PairObject};
 use super::request::read_body;
 use super::response::{JSON, answer};
 use super::value::{DisplayValue, JsonText};
-use crate::client::store::Failure;
+use crate::api::store::Failure;
 use crate::http::app::{App, SharedApp};
 use crate::http::body::BodyBytes;
 use crate::http::dialect::Dialect;

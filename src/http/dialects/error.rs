@@ -6,7 +6,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 
 use super::response::{HTML, answer, json};
-use crate::client::store::Failure;
+use crate::api::store::Failure;
 use crate::http::dialect::Dialect;
 use crate::http::problem::{Code, Problem};
 

@@ -25,7 +25,7 @@ use super::request::{options, read_body};
 use super::response::{HTML, TEXT, answer};
 use super::value::{DisplayValue, JsonText};
 use super::{json_list, python};
-use crate::client::store::{Consistency, Failure, GetOutcome, Options, WriteFailure};
+use crate::api::store::{Consistency, Failure, GetOutcome, Options, WriteFailure};
 use crate::http::app::{App, SharedApp};
 use crate::http::dialect::Dialect;
 use crate::http::native::{STALENESS, staleness, unescape};
@@ -300,7 +300,7 @@ pub async fn front_page(State(app): State<SharedApp>, request: Request) -> Respo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::store::Routing;
+    use crate::api::store::Routing;
     use crate::http::Limits;
     use crate::http::testing::Site;
 

@@ -35,7 +35,7 @@ use super::json_list::{self, BudgetedVec, KeyValue, PairObject};
 use super::request::read_body;
 use super::response::{TEXT, answer};
 use super::value::{DisplayValue, JsonText};
-use crate::client::store::Failure;
+use crate::api::store::Failure;
 use crate::http::app::{App, SharedApp};
 use crate::http::body::BodyBytes;
 use crate::http::dialect::Dialect;
@@ -344,12 +344,10 @@ mod tests {
     #[tokio::test]
     async fn success_is_told_once_for_each_shard() {
         let site = Site::start().await;
-        let map = crate::client::store::Store::map(
-            &*site.store,
-            crate::http::dialects::request::options(),
-        )
-        .await
-        .expect("a map");
+        let map =
+            crate::api::store::Store::map(&*site.store, crate::http::dialects::request::options())
+                .await
+                .expect("a map");
         let key_of = |shard: usize| {
             (0..)
                 .map(|n| format!("k{n}"))

@@ -6,7 +6,7 @@ use axum::body::Body;
 use http::request::Parts;
 
 use super::error::DialectError;
-use crate::client::store::{Consistency, Options, Routing};
+use crate::api::store::{Consistency, Options, Routing};
 use crate::http::app::App;
 use crate::http::body::{self, BodyBytes, BodyLimit};
 

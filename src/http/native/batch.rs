@@ -46,7 +46,7 @@ use super::headers::idempotency_key;
 use super::json::{ItemJson, LazyList, json};
 use super::key;
 use super::query::Query;
-use crate::client::store::{Failure, Item, Options, Routing, WriteFailure, Written};
+use crate::api::store::{Failure, Item, Options, Routing, WriteFailure, Written};
 use crate::http::app::{App, SharedApp};
 use crate::http::blocking;
 use crate::http::body::{self, BodyLimit};

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 
-use crate::client::store::Staleness;
+use crate::api::store::Staleness;
 use crate::http::problem::{Code, Problem};
 
 /// What `Quorate-Staleness` is set to.

@@ -5,7 +5,7 @@ use axum::response::Response;
 use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 
-use crate::client::store::Item;
+use crate::api::store::Item;
 use crate::http::media::{self, Encoding};
 
 /// A key in JSON: `"key"`, and `"key_encoding": "base64"` where it isn't UTF-8.

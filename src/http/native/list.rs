@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::headers::{STALENESS, staleness};
 use super::json::{ItemJson, LazyList, json};
 use super::query::Query;
-use crate::client::store::{Consistency, Item, Routing, ScanRange, ScanRequest};
+use crate::api::store::{Consistency, Item, Routing, ScanRange, ScanRequest};
 use crate::http::app::{App, SharedApp};
 use crate::http::blocking;
 use crate::http::dialect::Dialect;
@@ -66,7 +66,7 @@ async fn page(app: &App, parts: &Parts) -> Result<Response, Problem> {
         Some(text) => cursor.rest(text, whole)?,
     };
     // No single node leads all that a listing spans: this one gathers it, whatever `proxy` says.
-    let options = crate::client::store::Options {
+    let options = crate::api::store::Options {
         routing: Routing::Proxy,
         ..query.options
     };

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::key::unescape;
-use crate::client::store::{Consistency, Options, Routing};
+use crate::api::store::{Consistency, Options, Routing};
 use crate::http::limits::Limits;
 use crate::http::problem::{Code, Problem, shortened};
 

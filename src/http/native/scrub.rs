@@ -9,8 +9,8 @@ use http::StatusCode;
 
 use super::json::json;
 use super::query::Query;
-use crate::client::protocol::ScrubStatus;
-use crate::client::store::Failure;
+use crate::api::protocol::ScrubStatus;
+use crate::api::store::Failure;
 use crate::http::app::{App, SharedApp};
 use crate::http::body::{self, BodyLimit};
 use crate::http::dialect::Dialect;

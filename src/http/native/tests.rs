@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::client::store::{Consistency, Failure, Routing};
+use crate::api::store::{Consistency, Failure, Routing};
 use crate::http::Limits;
 use crate::http::testing::{Site, request};
 use crate::sm::kv::Media;

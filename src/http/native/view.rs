@@ -24,8 +24,8 @@ use http::{HeaderValue, StatusCode, Uri, header};
 use super::conditions::Conditions;
 use super::json::json;
 use super::query::{Query, digits};
-use crate::client::store::{Failure, Options, Routing};
-use crate::client::view_change::{
+use crate::api::store::{Failure, Options, Routing};
+use crate::api::view_change::{
     Auto, ChangeInProgress, PerNode, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
 };
 use crate::http::app::{App, SharedApp};
@@ -293,9 +293,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::api::store::{Consistency, Store};
+    use crate::api::view_change::{NODES_MAX, Phase, PlannedChange};
     use crate::client::remote::RemoteStore;
-    use crate::client::store::{Consistency, Store};
-    use crate::client::view_change::{NODES_MAX, Phase, PlannedChange};
     use crate::http::NotReady;
     use crate::http::testing::Site;
     use crate::types::Address;

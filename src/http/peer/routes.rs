@@ -16,9 +16,9 @@ use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::service::PeerService;
+use crate::api::peer::Identity;
+use crate::api::protocol::{Hop, RELAY_QUERY, ShardRequest};
 use crate::budget::Share;
-use crate::client::peer::Identity;
-use crate::client::protocol::{Hop, RELAY_QUERY, ShardRequest};
 use crate::http::app::{App, SharedApp};
 use crate::http::blocking;
 use crate::http::body::{self, BodyBytes, BodyLimit};

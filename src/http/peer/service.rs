@@ -6,12 +6,12 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
-use crate::client::peer::{
+use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
     Identity, PromiseReply, PromiseRequest,
 };
-use crate::client::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
-use crate::client::store::Failure;
+use crate::api::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
+use crate::api::store::Failure;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::types::Address;

@@ -14,7 +14,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::peer::DiskReport;
+use crate::api::peer::DiskReport;
 use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;

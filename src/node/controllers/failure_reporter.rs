@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::peer::FailureReport;
+use crate::api::peer::FailureReport;
 use crate::node::context::NodeContext;
 use crate::node::failure_reports::meta_voters;
 use crate::node::pause;

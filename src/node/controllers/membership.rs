@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::group_tasks::GroupTasks;
-use crate::client::peer::HostedReplica;
+use crate::api::peer::HostedReplica;
 use crate::node::context::NodeContext;
 use crate::node::platform::{Platform, Stepped};
 use crate::raft::Replica;

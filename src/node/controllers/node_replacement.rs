@@ -17,7 +17,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::peer::{Identity, Standing};
+use crate::api::peer::{Identity, Standing};
 use crate::node::context::NodeContext;
 use crate::node::failure_reports::{FailedByNode, failing_nodes, failing_replicas};
 use crate::node::pause;

@@ -14,10 +14,10 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::discovery::takes_connections;
 use crate::node::context::NodeContext;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{Replica, TransferError};
+use crate::routing::discovery::takes_connections;
 use crate::sm::reach::should_hand_over;
 use crate::telemetry::rarely;
 use crate::types::{GroupId, NodeId};

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::replica_opener::{ReplicaOpener, ReplicaTasks};
 use super::view_replicas::{is_retired, replicas_of};
-use crate::client::peer::Announcement;
+use crate::api::peer::Announcement;
 use crate::node::context::NodeContext;
 use crate::node::join::Joining;
 use crate::node::map_directory::are_maps_condemned;

@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::protocol::{ScrubDamage, ScrubStatus};
+use crate::api::protocol::{ScrubDamage, ScrubStatus};
 use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;

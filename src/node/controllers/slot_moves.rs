@@ -15,15 +15,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::group_tasks::GroupTasks;
-use crate::client::protocol::{ShardBody, ShardReply};
-use crate::client::router::ShardAccess;
-use crate::client::store::{Consistency, Options, Routing};
+use crate::api::protocol::{ShardBody, ShardReply};
+use crate::api::store::{Consistency, Options, Routing};
 use crate::node::context::NodeContext;
 use crate::node::local_shards::LocalShards;
 use crate::node::move_destination::wait_ample_room;
 use crate::node::platform::{Platform, Stepped};
 use crate::node::unreadable::tell_unreadable;
 use crate::raft::{ProposeError, Replica};
+use crate::routing::router::ShardAccess;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::sm::kv::{KvCommand, KvOutcome};

@@ -15,7 +15,7 @@ use futures::future::join_all;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::peer::Standing;
+use crate::api::peer::Standing;
 use crate::node::context::NodeContext;
 use crate::sm::cluster::view::View;
 use crate::supervisor;

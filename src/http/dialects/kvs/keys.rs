@@ -29,7 +29,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use super::body::{Fields, KvsBody};
 use super::refusal;
 use super::response::{KvsResponse, ResponseContent};
-use crate::client::store::WriteFailure;
+use crate::api::store::WriteFailure;
 use crate::http::dialects::error::DialectError;
 use crate::http::dialects::request::options;
 use crate::http::dialects::value::{DisplayValue, JsonText};

@@ -35,7 +35,7 @@ use http::{Method, StatusCode};
 
 use self::body::KvsBody;
 use self::response::{KvsResponse, ResponseContent};
-use crate::client::store::Failure;
+use crate::api::store::Failure;
 use crate::http::answer_budget::charge;
 use crate::http::dialect::Dialect;
 use crate::http::dialects::error::DialectError;

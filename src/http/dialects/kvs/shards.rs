@@ -18,8 +18,8 @@ use tokio::time::timeout;
 
 use super::refusal;
 use super::response::{KvsResponse, ResponseContent, ShardJson};
-use crate::client::shard_map::{ShardMap, ShardPlace};
-use crate::client::store::Failure;
+use crate::api::shard_map::{ShardMap, ShardPlace};
+use crate::api::store::Failure;
 use crate::http::App;
 use crate::http::dialects::error::DialectError;
 use crate::http::dialects::request::{ANSWER_TIMEOUT, options};

@@ -24,10 +24,10 @@ use super::body::{Fields, KvsBody};
 use super::refusal;
 use super::response::{PartJson, ResponseContent, ShardJson};
 use super::shards::{addresses, id_of};
-use crate::client::protocol::ClusterStatus;
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Store};
-use crate::client::view_change::{
+use crate::api::protocol::ClusterStatus;
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Failure, Store};
+use crate::api::view_change::{
     ChangeInProgress, PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
 };
 use crate::http::App;

@@ -4,7 +4,7 @@
 mod shards;
 mod view_change;
 
-use crate::client::store::Failure;
+use crate::api::store::Failure;
 use crate::http::testing::{Reply, Site};
 use crate::http::{Limits, NotReady};
 use crate::sm::cluster::view::PlacementSpec;

@@ -9,9 +9,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::call::ShardCaller;
-use super::peer::{Identity, Standing};
 use super::reply::{self, VIEW_BYTES_MAX};
-use super::shard_map::{NodePlace, ShardMap};
+use crate::api::peer::{Identity, Standing};
+use crate::api::shard_map::{NodePlace, ShardMap};
 use crate::types::{Address, GroupId, NodeId};
 
 /// How long a home is waited for that does not lead. Whoever asks waits too.

@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use super::call::time_to_answer_ms;
-use super::store::Failure;
+use crate::api::store::Failure;
 
 /// How long one server is waited for where another could be asked, or half of the time that is left
 /// if that is more.

@@ -5,9 +5,9 @@ use futures::StreamExt;
 use super::attempt::{Retry, RetryState};
 use super::coverage::Coverage;
 use super::{Router, ShardAccess, misfit, version};
-use crate::client::protocol::{ShardBody, ShardReply};
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Options};
+use crate::api::protocol::{ShardBody, ShardReply};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Failure, Options};
 use crate::types::GroupId;
 
 /// Shards that are asked at once: a connection each, where they are led by others.

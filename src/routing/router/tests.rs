@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::write::{SHARD_BYTES_MAX, SHARD_OPERATIONS_MAX};
 use super::*;
-use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardPage, ShardStatus};
-use crate::client::store::{Consistency, Item, Routing, ScanRange, WriteFailure};
-use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::api::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardPage, ShardStatus};
+use crate::api::store::{Consistency, Item, Routing, ScanRange, WriteFailure};
+use crate::api::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::cluster::view::{PlacementSpec, SlotTable};
 use crate::sm::kv::{
     Action, Condition, Media, OperationOutcome, Record, Write, WriteOutcome, WriteRejection,

@@ -32,13 +32,13 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use self::attempt::{Retry, RetryState};
 use self::queues::{AwaitedAccess, LeaderQueues};
-use super::protocol::{ClusterStatus, ShardBody, ShardReply};
-use super::shard_map::ShardMap;
-use super::store::{
+use crate::api::protocol::{ClusterStatus, ShardBody, ShardReply};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{
     Consistency, Failure, GetManyRequest, GetOutcome, MergedPage, Options, Routing, ScanRequest,
     Store, Written,
 };
-use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::api::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::kv::{Operation, Record, WriteOutcome};
 use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, NodeId, PlanEpoch};

@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::queues::AwaitedAccess;
 use super::{PAUSE_MAX, PAUSE_MIN};
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Options, Routing};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Failure, Options, Routing};
 use crate::types::{GroupId, Slot};
 
 /// How far the attempts at one request (or at one shard's part of it) have come.
@@ -259,7 +259,7 @@ fn unavailable(reason: String) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::store::Consistency;
+    use crate::api::store::Consistency;
 
     fn options(routing: Routing) -> Options {
         Options {

@@ -9,12 +9,12 @@ use reqwest::header::{HeaderMap, IF_MATCH};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::call::silence;
-use super::problem;
 use super::protocol::ClusterStatus;
-use super::reply::{self, VIEW_BYTES_MAX};
-use super::retry::{Effect, FailureSource, server_timeout_ms};
 use super::store::{Failure, Options};
+use crate::routing::call::silence;
+use crate::routing::problem;
+use crate::routing::reply::{self, VIEW_BYTES_MAX};
+use crate::routing::retry::{Effect, FailureSource, server_timeout_ms};
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, PlanEpoch};
 

@@ -11,9 +11,9 @@ use futures::StreamExt;
 
 use super::attempt::{Retry, RetryState};
 use super::{Router, ShardAccess, check_key, misfit, version};
-use crate::client::protocol::{ShardBody, ShardReply};
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, GetManyRequest, Options};
+use crate::api::protocol::{ShardBody, ShardReply};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Failure, GetManyRequest, Options};
 use crate::sm::kv::Record;
 use crate::types::GroupId;
 

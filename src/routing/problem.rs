@@ -8,7 +8,7 @@
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
 
-use super::store::Failure;
+use crate::api::store::Failure;
 
 /// The longest text that is passed on, in characters.
 const DETAIL_MAX: usize = 2000;

@@ -14,8 +14,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::problem;
-use super::protocol::{Hop, RELAY_QUERY, ShardReply, ShardRequest};
-use super::store::Failure;
+use crate::api::protocol::{Hop, RELAY_QUERY, ShardReply, ShardRequest};
+use crate::api::store::Failure;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget, UNCHARGED_BYTES_MAX};
 use crate::descriptors::Shares;
 use crate::sm::codec;
@@ -532,7 +532,7 @@ pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::protocol::ShardBody;
+    use crate::api::protocol::ShardBody;
     use crate::client::testing::{answer, bind, problem, serve};
     use crate::types::{ClusterId, GroupId, Slot};
 

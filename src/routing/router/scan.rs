@@ -12,9 +12,9 @@ use futures::stream::FuturesUnordered;
 use super::attempt::{Retry, RetryState};
 use super::coverage::Coverage;
 use super::{Router, ShardAccess, misfit, version};
-use crate::client::protocol::{ShardBody, ShardPage, ShardReply};
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Item, MergedPage, Options, ScanRange, ScanRequest};
+use crate::api::protocol::{ShardBody, ShardPage, ShardReply};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Failure, Item, MergedPage, Options, ScanRange, ScanRequest};
 use crate::sm::slots::slot_of;
 use crate::types::GroupId;
 
@@ -160,7 +160,7 @@ struct RoundPlan {
 impl RoundPlan {
     /// Keys are spread evenly by their hash, so a shard is asked for its share, and enough above it
     /// that one round nearly always does.
-    fn body(&self, shards: usize, consistency: crate::client::store::Consistency) -> ShardBody {
+    fn body(&self, shards: usize, consistency: crate::api::store::Consistency) -> ShardBody {
         let share = self.limit.div_ceil(shards.max(1));
         let limit = if shards <= 1 {
             self.limit

@@ -7,10 +7,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::call::{failure_of, silence};
-use super::peer::{Identity, Standing};
-use super::protocol::ClusterStatus;
 use super::reply::{self, VIEW_BYTES_MAX};
-use super::store::Failure;
+use crate::api::peer::{Identity, Standing};
+use crate::api::protocol::ClusterStatus;
+use crate::api::store::Failure;
 use crate::types::Address;
 
 /// How long one node is waited for where another could be asked.

@@ -19,8 +19,8 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
-use super::call::silence;
-use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
+use crate::routing::call::silence;
+use crate::routing::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{NodeSpec, View};
 use crate::sm::disk_level::DiskLevel;

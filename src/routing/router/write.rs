@@ -10,9 +10,9 @@ use futures::stream::FuturesUnordered;
 
 use super::attempt::{Retry, RetryState};
 use super::{Router, ShardAccess, check_key, misfit, version};
-use crate::client::protocol::{ShardBody, ShardReply};
-use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Options, WriteFailure, Written};
+use crate::api::protocol::{ShardBody, ShardReply};
+use crate::api::shard_map::ShardMap;
+use crate::api::store::{Failure, Options, WriteFailure, Written};
 use crate::sm::kv::{Action, Condition, Media, Operation, Write, WriteOutcome, WriteRejection};
 use crate::sm::slots::slot_of;
 use crate::types::{GroupId, KEY_BYTES_MAX, Slot};

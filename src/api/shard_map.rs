@@ -227,7 +227,7 @@ fn owners(slots: &SlotTable) -> Vec<GroupId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+    use crate::api::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
     use crate::sm::cluster::view::PlacementSpec;
     use crate::types::{DirectoryId, PlanEpoch, ReplicaId};
 
