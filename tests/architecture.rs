@@ -45,18 +45,11 @@ const LAYERS: &[(&str, &[&str])] = &[
             "storage",
         ],
     ),
+    ("api", &["types", "budget", "sm"]),
+    ("routing", &["types", "budget", "descriptors", "sm", "api"]),
     (
         "client",
-        &[
-            "types",
-            "budget",
-            "error",
-            "telemetry",
-            "config",
-            "supervisor",
-            "descriptors",
-            "sm",
-        ],
+        &["types", "budget", "telemetry", "sm", "api", "routing"],
     ),
     (
         "node",
@@ -71,6 +64,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "sm",
             "storage",
             "raft",
+            "api",
+            "routing",
             "client",
         ],
     ),
@@ -87,6 +82,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "sm",
             "storage",
             "raft",
+            "api",
+            "routing",
             "client",
             "node",
         ],
@@ -103,6 +100,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "sm",
             "storage",
             "raft",
+            "api",
+            "routing",
             "client",
             "node",
             "http",
@@ -115,7 +114,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("openraft", &["raft/"]),
     ("sled", &["storage/"]),
     ("axum", &["http/"]),
-    ("reqwest", &["client/", "raft/transport/lanes"]),
+    ("reqwest", &["routing/", "client/", "raft/transport/lanes"]),
 ];
 
 /// What no file of `sm/` may name: it would make two replicas differ, or wait.
@@ -163,6 +162,7 @@ const UNWRITTEN: &[&str] = &["target", ".git", ".cluster", "quorate-data"];
 /// Where what is logged is up to others.
 const PROVOKED: &[&str] = &[
     "http/",
+    "routing/",
     "client/",
     "raft/transport/lanes/",
     "raft/transport/network.rs",

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::failure::Failure;
 use super::peer::FailedReplica;
-use super::store::{Consistency, Failure, GetOutcome, Item, ScanRange};
+use super::values::{Consistency, GetOutcome, Item, ScanRange};
 use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
 use crate::sm::cluster::view::{PlacementSpec, SlotTable};
 use crate::sm::kv::{KvCommand, OperationOutcome, Record, Write, WriteOutcome};

@@ -2,19 +2,11 @@
 //! JSON of `PUT /v1/cluster/view` and `GET /v1/cluster/operations/<id>`.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
-use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, IF_MATCH};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::failure::Failure;
 use super::protocol::ClusterStatus;
-use super::store::{Failure, Options};
-use crate::routing::call::silence;
-use crate::routing::problem;
-use crate::routing::reply::{self, VIEW_BYTES_MAX};
-use crate::routing::retry::{Effect, FailureSource, server_timeout_ms};
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, PlanEpoch};
 
@@ -26,9 +18,6 @@ pub const EPOCH_CHANGED: &str = "epoch_changed";
 /// Nodes that a change may name: each is asked who it is, and gets a replica of the meta group. Ten
 /// times what was tried.
 pub const NODES_MAX: usize = 1000;
-
-/// A node's own "not in time" is waited for this much longer.
-const PATIENCE: Duration = Duration::from_millis(400);
 
 /// A change of the view. A field left out stays as it was asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,171 +186,6 @@ impl From<ViewChangeFailure> for Failure {
             },
         }
     }
-}
-
-/// Why a node has not done what it was asked for about the view, and whether it said so itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unsettled {
-    pub by: FailureSource,
-    pub failure: ViewChangeFailure,
-}
-
-impl From<Unsettled> for ViewChangeFailure {
-    fn from(unsettled: Unsettled) -> Self {
-        unsettled.failure
-    }
-}
-
-impl From<Unsettled> for Failure {
-    fn from(unsettled: Unsettled) -> Self {
-        unsettled.failure.into()
-    }
-}
-
-/// Asks the node at `address` for the change. With `only_if` it may be asked for again.
-///
-/// # Errors
-///
-/// See [`ViewChangeFailure`].
-pub async fn change(
-    http: &reqwest::Client,
-    address: Address,
-    change: &ViewChange,
-    only_if: Option<PlanEpoch>,
-    options: Options,
-) -> Result<ChangeInProgress, Unsettled> {
-    let timeout_ms = server_timeout_ms(options.timeout);
-    let mut put = http
-        .put(format!(
-            "http://{address}/v1/cluster/view?timeout={timeout_ms}ms"
-        ))
-        .json(change);
-    if let Some(epoch) = only_if {
-        put = put.header(IF_MATCH, format!("\"{epoch}\""));
-    }
-    let sent = put.timeout(options.timeout + PATIENCE).send().await;
-    read(sent, &address, effect(only_if)).await
-}
-
-/// Returns what it does to ask for a change twice: with a guard it is accepted once at most.
-pub fn effect(only_if: Option<PlanEpoch>) -> Effect {
-    if only_if.is_some() {
-        Effect::Idempotent
-    } else {
-        Effect::Once
-    }
-}
-
-/// Asks the node at `address` what the change would take.
-///
-/// # Errors
-///
-/// See [`ViewChangeFailure`].
-pub async fn plan(
-    http: &reqwest::Client,
-    address: Address,
-    change: &ViewChange,
-    options: Options,
-) -> Result<PlannedChange, Unsettled> {
-    let timeout_ms = server_timeout_ms(options.timeout);
-    let url = format!("http://{address}/v1/cluster/view?dry_run=true&timeout={timeout_ms}ms");
-    let sent = http
-        .put(url)
-        .json(change)
-        .timeout(options.timeout + PATIENCE)
-        .send()
-        .await;
-    read(sent, &address, Effect::Safe).await
-}
-
-/// Asks the node at `address` how a change gets on.
-///
-/// # Errors
-///
-/// Only [`ViewChangeFailure::Failed`].
-pub async fn operation(
-    http: &reqwest::Client,
-    address: Address,
-    id: PlanEpoch,
-    options: Options,
-) -> Result<Option<ChangeInProgress>, Unsettled> {
-    let timeout_ms = server_timeout_ms(options.timeout);
-    let url = format!("http://{address}/v1/cluster/operations/{id}?timeout={timeout_ms}ms");
-    match http
-        .get(url)
-        .timeout(options.timeout + PATIENCE)
-        .send()
-        .await
-    {
-        Ok(response) if response.status() == StatusCode::NOT_FOUND => Ok(None),
-        sent => read(sent, &address, Effect::Safe).await.map(Some),
-    }
-}
-
-async fn read<T: DeserializeOwned>(
-    sent: reqwest::Result<reqwest::Response>,
-    address: &Address,
-    effect: Effect,
-) -> Result<T, Unsettled> {
-    let failed = |by: FailureSource, failure: Failure| {
-        let failure = ViewChangeFailure::Failed(effect.told(failure));
-        Unsettled { by, failure }
-    };
-    let response = match sent {
-        Ok(response) => response,
-        Err(error) => {
-            let reason = silence(address, &error);
-            let failure = match error.is_connect() {
-                true => Failure::Unavailable {
-                    reason,
-                    retry_after_ms: 1000,
-                },
-                false => Failure::Unknown { reason },
-            };
-            return Err(failed(FailureSource::Nobody, failure));
-        }
-    };
-    let status = response.status();
-    if status.is_success() {
-        // A plan names up to a thousand nodes, twice.
-        let read = reply::read_json(response, VIEW_BYTES_MAX).await;
-        let unknown = |error: reply::ReplyError| Failure::Unknown {
-            reason: format!("{address}: {error}"),
-        };
-        return read.map_err(|error| failed(FailureSource::Nobody, unknown(error)));
-    }
-    let headers = response.headers().clone();
-    let body = reply::read_problem(response).await;
-    Err(match refusal(status, &headers, &body) {
-        ViewChangeFailure::Failed(failure) => failed(FailureSource::Server, failure),
-        failure => Unsettled {
-            by: FailureSource::Server,
-            failure,
-        },
-    })
-}
-
-fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFailure {
-    let told: Refusal = serde_json::from_slice(body).unwrap_or_default();
-    match (told.code.as_str(), told.epoch) {
-        (VIEW_REFUSED, _) => ViewChangeFailure::Refused {
-            reason: told.detail,
-        },
-        (NODE_NOT_READY, _) => ViewChangeFailure::NotReady {
-            reason: told.detail,
-        },
-        (EPOCH_CHANGED, Some(current)) => ViewChangeFailure::EpochChanged { current },
-        _ => ViewChangeFailure::Failed(problem::failure(status, headers, body)),
-    }
-}
-
-/// What a problem says of a refused change.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Refusal {
-    code: String,
-    detail: String,
-    epoch: Option<PlanEpoch>,
 }
 
 #[cfg(test)]

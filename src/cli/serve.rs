@@ -20,7 +20,7 @@ use super::node_flags::ServeArguments;
 use super::signals;
 use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
-    Identity, PromiseReply, PromiseRequest, SetUpError,
+    Identity, PromiseReply, PromiseRequest,
 };
 use crate::api::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::api::store::Failure;
@@ -33,6 +33,7 @@ use crate::http::{
 use crate::node::{FamilyKind, Node, NodeError};
 use crate::raft::transport::Lane;
 use crate::raft::transport::lanes::serve_lane;
+use crate::routing::peer_caller::SetUpError;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::telemetry;

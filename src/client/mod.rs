@@ -1,5 +1,5 @@
-//! What a program outside of the cluster uses: the typed client ([`remote`]), the client of the native
-//! dialect ([`native`]), and what gateways and health checks ask.
+//! What a program outside of the cluster uses: the typed client ([`remote`]), the client of the
+//! native dialect ([`native`]), and what gateways and health checks ask.
 
 mod address_book;
 pub mod gateway_readiness;

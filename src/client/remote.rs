@@ -1,5 +1,5 @@
-//! The remote cluster as a [`Store`](crate::api::store::Store): a router over HTTP calls to the shards'
-//! leaders.
+//! The remote cluster as a [`Store`](crate::api::store::Store): a router over HTTP calls to the
+//! shards' leaders.
 //!
 //! [`HttpAccess`] learns the shard map from `GET /v1/cluster` of any node that it knows, and
 //! leaders from the map and from nodes that say "elsewhere", and follows them: it sends nobody
@@ -15,20 +15,19 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use super::address_book::AddressBook;
-use crate::api::peer::SetUpError;
 use crate::api::protocol::{ClusterStatus, Hop, ShardBody, ShardReply, ShardRequest};
 use crate::api::shard_map::ShardMap;
 use crate::api::store::{Consistency, Failure, Options};
-use crate::api::view_change::{
-    self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
-};
+use crate::api::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::Budget;
 use crate::routing::call::{CallError, ShardCaller, failure_of, silence, time_to_answer_ms};
 use crate::routing::discovery;
 use crate::routing::home_probe::HomeProbe;
+use crate::routing::peer_caller::SetUpError;
 use crate::routing::reply::{self, SMALL_BYTES_MAX};
 use crate::routing::retry::{Effect, FailureHistory, FailureSource};
 use crate::routing::router::{Router, ShardAccess};
+use crate::routing::view_change_calls::{self, Unsettled};
 use crate::sm::kv::{Action, Write};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
@@ -487,8 +486,9 @@ impl ShardAccess for HttpAccess {
         only_if: Option<PlanEpoch>,
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
-        let (http, effect) = (self.caller.http(), view_change::effect(only_if));
-        let ask = |address, options| view_change::change(http, address, &change, only_if, options);
+        let (http, effect) = (self.caller.http(), view_change_calls::effect(only_if));
+        let ask =
+            |address, options| view_change_calls::change(http, address, &change, only_if, options);
         let mut last = FailureHistory::new(effect);
         match self.first_to_answer(options, &mut last, ask).await {
             // An attempt that nobody answered may be what has changed it.
@@ -515,7 +515,7 @@ impl ShardAccess for HttpAccess {
         options: Options,
     ) -> Result<PlannedChange, ViewChangeFailure> {
         let http = self.caller.http();
-        let ask = |address, options| view_change::plan(http, address, &change, options);
+        let ask = |address, options| view_change_calls::plan(http, address, &change, options);
         self.first_to_answer(options, &mut FailureHistory::new(Effect::Safe), ask)
             .await
     }
@@ -530,7 +530,7 @@ impl ShardAccess for HttpAccess {
         let ask = |address, options| {
             let is_unknown = &is_unknown;
             async move {
-                let found = view_change::operation(http, address, id, options).await?;
+                let found = view_change_calls::operation(http, address, id, options).await?;
                 // A node that has left does not know it: the next one may.
                 found.ok_or_else(|| {
                     is_unknown.store(true, Ordering::Relaxed);

@@ -16,11 +16,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::testing::{PATIENCE, Site, identity, request};
 use super::{Limits, NotReady};
-use crate::api::peer::{
-    Announcement, PeerCaller, PeerError, PromiseReply, PromiseRequest, Standing,
-};
+use crate::api::peer::{Announcement, PromiseReply, PromiseRequest, Standing};
 use crate::api::protocol::{ShardBody, ShardReply, ShardRequest};
 use crate::api::store::{Consistency, Failure};
+use crate::routing::peer_caller::{PeerCaller, PeerError};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::NodeSpec;
 use crate::sm::codec;

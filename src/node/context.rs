@@ -20,9 +20,7 @@ use super::full_disks::FullDisks;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
 use super::replica_failures::ReplicaFailures;
-use crate::api::peer::{
-    Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError,
-};
+use crate::api::peer::{Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest};
 use crate::api::protocol::{
     ClusterStatus, Hop, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
 };
@@ -33,6 +31,7 @@ use crate::raft::Replica;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, WitnessReplica};
 use crate::routing::call::ShardCaller;
+use crate::routing::peer_caller::{PeerCaller, PeerError};
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::{NodeSpec, View, WitnessSpec as Seat};
 use crate::sm::kv;

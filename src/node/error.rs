@@ -1,8 +1,8 @@
 //! Reasons why a node does not start, or stops by itself: [`NodeError`] and [`StartError`].
 
-use crate::api::peer;
 use crate::config::ConfigError;
 use crate::raft::OpenError;
+use crate::routing::peer_caller::SetUpError;
 use crate::sm::level::TooOld;
 use crate::sm::ports::StoreError;
 use crate::storage::directory::DirectoryError;
@@ -20,7 +20,7 @@ pub enum NodeError {
     #[error(transparent)]
     Directory(#[from] DirectoryError),
     #[error("the HTTP client for peers can't be set up: {0}")]
-    Client(#[source] peer::SetUpError),
+    Client(#[source] SetUpError),
     #[error(transparent)]
     Join(#[from] JoinError),
     #[error(transparent)]

@@ -20,8 +20,9 @@ use super::context::NodeContext;
 use super::error::NodeError;
 use super::join::{Joined, Joining};
 use super::pause;
-use crate::api::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
+use crate::api::peer::{Greeting, GreetingReply, Identity, Standing};
 use crate::raft::transport::lanes::PeerRefusal;
+use crate::routing::peer_caller::PeerError;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 

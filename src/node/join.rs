@@ -18,10 +18,11 @@ use tokio_util::sync::CancellationToken;
 use super::bootstrap::{self, BootstrapStep, OwnFacts, PeerAnswer, WaitReason};
 use super::platform::Platform;
 use crate::api::peer::{
-    FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
+    FailedReplica, HostedReplica, Hosting, Identity, PromiseReply, PromiseRequest,
 };
 use crate::config::NodeConfig;
 use crate::raft::transport::lanes::{DirectoryRejection, PeerDirectories};
+use crate::routing::peer_caller::PeerCaller;
 use crate::sm::cluster::view::{self, View};
 use crate::sm::level::TooOld;
 use crate::sm::placement::{PlacementError, first_view};

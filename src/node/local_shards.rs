@@ -20,9 +20,7 @@ use super::unreadable::tell_unreadable;
 use crate::api::protocol::{ClusterStatus, Hop, ShardBody, ShardPage, ShardReply, ShardRequest};
 use crate::api::shard_map::ShardMap;
 use crate::api::store::{Consistency, Failure, GetOutcome, Item, Options, Routing, Staleness};
-use crate::api::view_change::{
-    self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
-};
+use crate::api::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 use crate::raft::Replica;
 use crate::raft::transport::Resolver as _;
@@ -31,6 +29,7 @@ use crate::routing::call::{CallError, time_to_answer_ms};
 use crate::routing::home_probe::HomeProbe;
 use crate::routing::retry::FailureSource;
 use crate::routing::router::{ShardAccess, check_operations};
+use crate::routing::view_change_calls::{self, Unsettled};
 use crate::sm::cluster::view::SlotMove;
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
@@ -731,7 +730,7 @@ impl ShardAccess for LocalShards {
         match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
             None => self.operator.change(&change, only_if, options).await,
             Some(leader) => {
-                let asked = view_change::change(
+                let asked = view_change_calls::change(
                     self.context.caller.http(),
                     leader,
                     &change,
@@ -753,7 +752,8 @@ impl ShardAccess for LocalShards {
             None => self.operator.preview(&change, options).await,
             Some(leader) => {
                 let asked =
-                    view_change::plan(self.context.caller.http(), leader, &change, options).await;
+                    view_change_calls::plan(self.context.caller.http(), leader, &change, options)
+                        .await;
                 asked.map_err(|unsettled| self.of_meta_leader(unsettled))
             }
         }
@@ -768,7 +768,8 @@ impl ShardAccess for LocalShards {
             None => self.operator.operation(id, options).await,
             Some(leader) => {
                 let asked =
-                    view_change::operation(self.context.caller.http(), leader, id, options).await;
+                    view_change_calls::operation(self.context.caller.http(), leader, id, options)
+                        .await;
                 Ok(asked.map_err(|unsettled| self.of_meta_leader(unsettled))?)
             }
         }

@@ -46,7 +46,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,
-    Identity, PeerCaller, PromiseReply, PromiseRequest,
+    Identity, PromiseReply, PromiseRequest,
 };
 use crate::api::protocol::{ClusterStatus, Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::api::shard_map::ShardMap;
@@ -59,6 +59,7 @@ use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::remote::RemoteStore;
 use crate::config::NodeConfig;
 use crate::raft::transport::lanes::DirectoryRejection;
+use crate::routing::peer_caller::PeerCaller;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::sm::kv::{Operation, Record};

@@ -445,7 +445,7 @@ async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
 }
 
 /// What an error answer means.
-pub(super) async fn failure_of(response: reqwest::Response) -> Failure {
+pub async fn failure_of(response: reqwest::Response) -> Failure {
     let (status, headers) = (response.status(), response.headers().clone());
     let body = read_reply(response, FAILURE_BYTES_MAX, |_| true)
         .await
@@ -491,7 +491,7 @@ async fn read_reply(
 }
 
 /// Returns why a node has not answered a request, for people.
-pub(super) fn silence(address: &Address, error: &reqwest::Error) -> String {
+pub fn silence(address: &Address, error: &reqwest::Error) -> String {
     let what = if error.is_connect() {
         "no connection to"
     } else {

@@ -58,7 +58,7 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
 }
 
 /// Whether an answer is a problem that a node has written.
-pub(super) fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
+pub fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
     let media_type = headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())

@@ -2,7 +2,8 @@
 //! the whole process starts again, and whether a new replica is to come here or elsewhere.
 //!
 //! Decided from why it failed and how often in a row. Kept out: time, and whoever opens replicas
-//! (`node::replica_failures`, `node::controllers::reconciler`). Which replicas are replaced is decided in `repair`.
+//! (`node::replica_failures`, `node::controllers::reconciler`). Which replicas are replaced is
+//! decided in `repair`.
 
 use serde::{Deserialize, Serialize};
 

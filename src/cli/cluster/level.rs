@@ -6,10 +6,11 @@ use futures::future::join_all;
 
 use super::client::ClusterClient;
 use super::output::print_error_line;
-use crate::api::peer::{HoldRequest, PeerCaller};
+use crate::api::peer::HoldRequest;
 use crate::api::protocol::{ClusterStatus, NodeStatus};
 use crate::api::store::Failure;
 use crate::cli::CliError;
+use crate::routing::peer_caller::PeerCaller;
 
 /// Looks at the status, after the nodes were told, until it shows that.
 const LOOKS_MAX: usize = 20;

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::pause::pause_after;
 use super::queues::AwaitedAccess;
-use super::{PAUSE_MAX, PAUSE_MIN};
 use crate::api::shard_map::ShardMap;
 use crate::api::store::{Failure, Options, Routing};
 use crate::types::{GroupId, Slot};
@@ -239,16 +239,6 @@ impl RetryState {
     }
 }
 
-/// Returns how long to wait after so many attempts, and the one that has just failed.
-pub(super) fn pause_after(attempts: u32, random: u64) -> Duration {
-    let whole = PAUSE_MIN
-        .saturating_mul(1 << attempts.min(16))
-        .min(PAUSE_MAX);
-    let half = whole / 2;
-    let half_us = u64::try_from(half.as_micros()).unwrap_or(u64::MAX).max(1);
-    half + Duration::from_micros(random % half_us)
-}
-
 fn unavailable(reason: String) -> Failure {
     Failure::Unavailable {
         reason,
@@ -258,6 +248,7 @@ fn unavailable(reason: String) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pause::{PAUSE_MAX, PAUSE_MIN};
     use super::*;
     use crate::api::store::Consistency;
 
@@ -297,7 +288,7 @@ mod tests {
         for (retry_state, failure) in again {
             assert!(
                 retry_state.classify(GroupId(1), failure.clone()).is_ok(),
-                "{failure:?} of {course:?}"
+                "{failure:?} of {retry_state:?}"
             );
         }
         let given_up = [
@@ -327,7 +318,7 @@ mod tests {
             assert_eq!(
                 retry_state.classify(GroupId(1), failure.clone()),
                 Err(failure),
-                "{course:?}"
+                "{retry_state:?}"
             );
         }
     }

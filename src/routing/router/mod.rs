@@ -13,6 +13,7 @@ mod attempt;
 mod count;
 mod coverage;
 mod get_many;
+mod pause;
 mod queues;
 mod scan;
 #[cfg(test)]
@@ -46,11 +47,6 @@ use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, NodeId, PlanEpoc
 /// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum
 /// must not collect requests for ever.
 const WAITING_MAX: usize = 10_000;
-
-/// The first and the longest pause between attempts. A leader is elected within a second, so there
-/// is no point in longer ones.
-const PAUSE_MIN: Duration = Duration::from_millis(4);
-const PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// An attempt with less time than this would hardly end before the deadline, and its outcome not be
 /// known.

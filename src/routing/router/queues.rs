@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::attempt::pause_after;
+use super::pause::pause_after;
 use crate::types::GroupId;
 
 /// Those who go on together are spread by so much each, at random: the leader has just begun.

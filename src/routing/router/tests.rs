@@ -4,6 +4,7 @@
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
 
+use super::pause::PAUSE_MAX;
 use super::write::{SHARD_BYTES_MAX, SHARD_OPERATIONS_MAX};
 use super::*;
 use crate::api::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardPage, ShardStatus};
