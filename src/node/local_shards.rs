@@ -859,7 +859,7 @@ fn bytes_got(outcome: &kv::WriteOutcome) -> usize {
 
 /// Answers by what `work` finds in the map of a replica; see [`ReplicaMap::read_in`].
 ///
-/// [`ReplicaMap::read_in`]: crate::storage::map::ReplicaState::read_in
+/// [`ReplicaMap::read_in`]: crate::storage::map::ReplicaMap::read_in
 async fn read_map(
     group: &Replica,
     kind: ReadKind,

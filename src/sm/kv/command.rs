@@ -33,7 +33,7 @@ pub enum KvCommand {
     /// A chunk of a move, for its destination. `time_ms` is the destination's own group time, from
     /// the leader that proposes it.
     Install { time_ms: u64, install: Install },
-    /// As [`Command::Write`], but a write whose gets return more than is left of
+    /// As [`KvCommand::Write`], but a write whose gets return more than is left of
     /// [`ANSWER_BYTES_MAX`] for the entry is rejected. From level 1 on.
     BoundedWrite { time_ms: u64, writes: Vec<Write> },
     /// Changes nothing: replicas note the digest of their maps as of this entry. From level 1 on.
@@ -120,9 +120,9 @@ pub enum KvOutcome {
     },
     /// Of a step or a chunk of a move.
     Moved(MoveOutcome),
-    /// Of [`Command::Compare`].
+    /// Of [`KvCommand::Compare`].
     Compared,
-    /// Of [`Command::SetReadOnly`].
+    /// Of [`KvCommand::SetReadOnly`].
     ReadOnlySet,
 }
 

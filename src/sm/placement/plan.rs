@@ -7,7 +7,7 @@ use super::{PlacementError, roster, shards, targets, witnesses};
 use crate::sm::cluster::view::{NodeSpec, PlacementSpec, View};
 use crate::types::{GroupId, NodeId, ReplicaId};
 
-/// The view that is to follow another, as `meta::Command::InstallPlan` takes it.
+/// The view that is to follow another, as `MetaCommand::InstallPlan` takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Planned {
     pub view: View,

@@ -1,5 +1,5 @@
-//! How much room there is on the disk of the log: looked at by [`super::Log::look_for_room`], and told to
-//! whoever is about to write more.
+//! Caches how much room the disk of the log has. [`super::Log::look_for_room`] looks; whoever is
+//! about to write more asks here.
 
 use std::io;
 use std::path::PathBuf;

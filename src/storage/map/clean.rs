@@ -7,7 +7,7 @@
 //! above, and whoever puts another map in place of this one drops it.
 //!
 //! Its memory is part of what the tables of the node may have together
-//! ([`MapOptions::node_bytes_max`](super::StateOptions)): tables that are not written down yet
+//! ([`MapOptions::node_bytes_max`](super::MapOptions)): tables that are not written down yet
 //! take it first. Scans do not look at it, because they have to read the tree anyway.
 
 use std::cmp::Reverse;

@@ -137,7 +137,8 @@ pub(super) fn open_map(
             trees.condemn(&error.to_string());
         }
     })?;
-    tracing::warn!(replica = %key, %reason, from_snapshot, applied = %describe(&record.applied), "the \
+    let applied = describe(&record.applied);
+    tracing::warn!(replica = %key, %reason, from_snapshot, %applied, "the \
         tree of a replica was rebuilt");
     drop_others(trees, key, &generations, record.generation);
     let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
