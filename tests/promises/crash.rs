@@ -175,8 +175,9 @@ async fn a_map_is_rebuilt_from_its_snapshot_and_without_one_the_replica_is_repla
         )
         .await
         .expect("an answer");
+    // Its own map is empty, so that a read of it would be a 404. It may fetch the value elsewhere.
     assert!(
-        matches!(read.status, 307 | 503),
+        matches!(read.status, 200 | 307 | 503),
         "a lost replica was read: {} {}",
         read.status,
         read.text()
