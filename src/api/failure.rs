@@ -7,8 +7,8 @@ use crate::sm::kv::{ANSWER_BYTES_MAX, GetsWeight};
 use crate::sm::requests::REQUESTS_BYTES_MAX;
 use crate::types::{Address, GroupId};
 
-/// Why there is no answer. Only [`Failure::Unknown`] leaves open whether a write happened; after
-/// every other it certainly did not.
+/// A reason why there is no answer. Only [`Failure::Unknown`] leaves open whether a write happened;
+/// after every other it certainly did not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Failure {
     /// Ask there: the leader, or a node that knows it. `address` is what a client is sent to.

@@ -15,7 +15,7 @@ use crate::sm::recovery::FailureCause;
 use crate::sm::starts::{Start, Starts};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
-/// What a node says of itself.
+/// Answers `GET /peer/identity`: the node as it sees itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     pub directory: DirectoryId,
@@ -36,8 +36,8 @@ pub struct Identity {
     pub holds_level: bool,
 }
 
-/// How a node stands to clusters. Not internally tagged: serde would buffer the view, and lose that
-/// its keys are numbers.
+/// The standing of a node towards clusters. Not internally tagged: serde would buffer the view, and
+/// lose that its keys are numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Standing {
@@ -77,18 +77,18 @@ pub enum PromiseReply {
     },
 }
 
-/// What a member says to others at its start, and to who has not heard it yet.
+/// Introduces a member at its start, and to each member that has not heard of this start yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Greeting {
     pub cluster: ClusterId,
     pub node: NodeId,
     pub directory: DirectoryId,
-    /// Where it runs now, which the view may not say yet.
+    /// The address under which it runs now, which the view may not have yet.
     pub address: Address,
     pub starts: Starts,
 }
 
-/// What becomes of a [`Greeting`].
+/// Answers a [`Greeting`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GreetingReply {
@@ -104,17 +104,17 @@ pub enum GreetingReply {
     Failed { reason: String },
 }
 
-/// What a node tells the meta group of its cluster.
+/// Has the meta group of a cluster apply a command.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
     pub cluster: ClusterId,
     pub command: meta::MetaCommand,
 }
 
-/// What a node says of its replicas.
+/// Answers `GET /peer/replicas`: the replicas that a node hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hosting {
-    /// Whose replicas they are.
+    /// The directory of the node that hosts them.
     pub directory: DirectoryId,
     pub replicas: Vec<HostedReplica>,
     /// Those that do not run. They are apart, as whoever finds a replica among the others may take
@@ -177,7 +177,7 @@ pub struct HoldRequest {
     pub hold: bool,
 }
 
-/// What one node says of each replica that it hosts.
+/// One replica, as its node sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostedReplica {
     pub group: GroupId,
@@ -191,10 +191,10 @@ pub struct HostedReplica {
     /// It keeps the log and no map, and has no counts.
     #[serde(default)]
     pub is_witness: bool,
-    /// What its map was as of the entry at which all compare theirs.
+    /// The digest of its map as of the entry at which all replicas compare theirs.
     #[serde(default)]
     pub digest: Option<NotedDigest>,
-    /// Why nothing is written to its shard, as far as it knows.
+    /// The reason why nothing is written to its shard, as far as it knows.
     #[serde(default)]
     pub alarm: Option<String>,
 }

@@ -23,7 +23,7 @@ use crate::types::{
     ReplicaId, Slot,
 };
 
-/// What a node is asked to do with a request for a shard.
+/// Says whether a node may pass a request for a shard on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hop {
     /// To answer it, or to say who would.
@@ -32,7 +32,7 @@ pub enum Hop {
     Relay,
 }
 
-/// What says so behind the path of the route. Programs that do not know it answer themselves.
+/// Query of the route that asks for a relay. Programs that do not know it answer themselves.
 pub const RELAY_QUERY: &str = "relay=1";
 
 /// Asks the node that leads `shard` (or, for stale reads, one that has a replica).
@@ -40,7 +40,7 @@ pub const RELAY_QUERY: &str = "relay=1";
 pub struct ShardRequest {
     pub cluster: ClusterId,
     pub shard: GroupId,
-    /// How long the answer is waited for, in milliseconds from receipt.
+    /// Time for which the answer is waited for, in milliseconds from receipt.
     pub timeout_ms: u64,
     pub body: ShardBody,
 }
@@ -64,7 +64,7 @@ pub enum ShardBody {
     Count,
     /// A step of a slot move, or a chunk of one, from the leader of its source.
     Move(KvCommand),
-    /// How far the shard is with a move of slots to it.
+    /// Asks how far the shard is with a move of slots to it.
     MoveState {
         id: MoveId,
         slots: BTreeSet<Slot>,
@@ -203,13 +203,13 @@ pub struct ShardPage {
     pub slots: Vec<Slot>,
 }
 
-/// What `GET /v1/cluster` answers.
+/// Answers `GET /v1/cluster`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ClusterStatus {
     pub cluster: ClusterId,
     pub epoch: PlanEpoch,
     pub version: MapVersion,
-    /// What every node can read, and so what leaders may propose.
+    /// The level that every node can read, so that leaders may propose it.
     #[serde(default)]
     pub level: u16,
     pub asked: PlacementSpec,
@@ -235,7 +235,7 @@ pub struct NodeStatus {
     pub address: Address,
     pub public_address: Address,
     pub directory: DirectoryId,
-    /// Whether the answering node reached it within the last seconds.
+    /// True if the answering node reached it within the last seconds.
     pub reachable: bool,
     /// On its way out: it goes when the last of its replicas is retired.
     pub leaving: bool,
@@ -265,7 +265,8 @@ pub struct ShardStatus {
     /// them, and serves nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub witness: Option<ReplicaStatus>,
-    /// Why nothing is written to it: its replicas differ, and no majority of them is of one mind.
+    /// The reason why nothing is written to it: its replicas differ, and no majority of them is of
+    /// one mind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alarm: Option<String>,
 }
@@ -303,7 +304,7 @@ pub enum ReplicaHealth {
     Unreachable,
 }
 
-/// How the last scrub of a node gets on that was begun since its start.
+/// Progress of the last scrub of a node that was begun since its start.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScrubStatus {
     /// Zero before the first.
@@ -315,7 +316,7 @@ pub struct ScrubStatus {
     /// About how many there are to be read, as it was at the beginning.
     pub bytes_total: u64,
     pub elapsed_ms: u64,
-    /// How many files and trees were found damaged, and how many of these are mended.
+    /// Number of files and trees that were found damaged, and of these that are mended.
     pub damaged: u64,
     pub mended: u64,
     /// The first of them.
@@ -328,7 +329,7 @@ pub struct ScrubDamage {
     /// `segment`, `snapshot`, `witness`, `tree`, or what later programs read.
     pub kind: String,
     pub what: String,
-    /// Why it was not mended; none: it was.
+    /// The reason why it was not mended; None if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_mended: Option<String>,
 }

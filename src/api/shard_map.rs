@@ -26,22 +26,22 @@ pub struct ShardMap {
     moving: BTreeSet<Slot>,
 }
 
-/// Where a shard is.
+/// The nodes of a shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardPlace {
     pub home: NodeId,
     /// The nodes that have a replica which can serve: not that of the witness.
     pub replicas: Vec<NodeId>,
-    /// Who led it when the map was made, if that was known.
+    /// Its leader when the map was made, if that was known.
     pub leader: Option<NodeId>,
 }
 
-/// Where a node is.
+/// The addresses of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodePlace {
-    /// What peers call it.
+    /// The address that peers use.
     pub address: Address,
-    /// What clients are sent to.
+    /// The address that clients are sent to.
     pub public: Address,
 }
 
@@ -165,8 +165,8 @@ impl ShardMap {
         self.nodes.get(&id)
     }
 
-    /// What a node is called where others are sent to it: what clients call it, or what its peers
-    /// do where several nodes share that, as behind one load balancer.
+    /// Returns the name under which others are sent to a node: that of clients, or that of its
+    /// peers do where several nodes share that, as behind one load balancer.
     pub fn name_of(&self, id: NodeId) -> Option<&Address> {
         let place = self.node(id)?;
         let is_shared = self
@@ -188,8 +188,8 @@ impl ShardMap {
         Some(found)
     }
 
-    /// Whether clients call a node so: a name of [`ShardMap::name_of`] that none of them does is
-    /// for peers alone.
+    /// Returns true if clients use this name for a node: a name of [`ShardMap::name_of`] that they
+    /// don't is for peers alone.
     pub fn is_public(&self, name: &Address) -> bool {
         self.nodes().any(|(_, node)| node.public == *name)
     }

@@ -24,11 +24,11 @@ use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 /// A linearizable key-value store, spread over shards.
 pub trait Store: Send + Sync + 'static {
-    /// The value of `key`. Missing is `GetOutcome { record: None, .. }`.
+    /// Returns the value of `key`. Missing is `GetOutcome { record: None, .. }`.
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<GetOutcome, Failure>>;
 
-    /// The records of the first of `request.keys`, in their order: as many as fit, and one at
-    /// least. None: there is no such key. Each key is read on its own; a shard is asked once for
+    /// Returns the records of the first of `request.keys`, in their order: as many as fit, and one
+    /// at least. None: there is no such key. Each key is read on its own; a shard is asked once for
     /// all of its keys.
     fn get_many(
         &self,
@@ -54,17 +54,17 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// The keys of `request.range` in key order over all shards, a page of them.
+    /// Returns the keys of `request.range` in key order over all shards, a page of them.
     fn scan(
         &self,
         request: ScanRequest,
         options: Options,
     ) -> BoxFuture<'_, Result<MergedPage, Failure>>;
 
-    /// The number of keys of every shard.
+    /// Returns the number of keys of every shard.
     fn count(&self, options: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>>;
 
-    /// The number of keys of one shard, also while others can't be counted.
+    /// Returns the number of keys of one shard, also while others can't be counted.
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>>;
 
     /// Returns what the answers under way are charged to: values that were read, and what is made
@@ -73,23 +73,25 @@ pub trait Store: Send + Sync + 'static {
         Budget::new(ANSWERS_BYTES_MAX)
     }
 
-    /// The node that answers here; none: a client's store, or a node that belongs to no cluster.
+    /// Returns the node that answers here; None for a client's store, or a node that belongs to no
+    /// cluster.
     fn this_node(&self) -> Option<NodeId>;
 
-    /// What the node to ask about a shard is called in the view: its home, or, while that does not
-    /// answer, its leader.
+    /// Returns the name in the view of the node to ask about a shard: its home, or, while that does
+    /// not answer, its leader.
     fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>>;
 
-    /// The cluster by way of the network, where this node can't tell how a change to a view of
-    /// these nodes ends: a spare is no member yet, and one that they leave out hears no end of it.
+    /// Returns the cluster by way of the network, where this node can't tell how a change to a view
+    /// of these nodes ends: a spare is no member yet, and one that they leave out hears no end of
+    /// it.
     fn by_network(&self, nodes: &[Address]) -> Option<Arc<dyn Store>>;
 
-    /// Which shard owns each slot and where its replicas are, as this store knows it now: a look at
-    /// a value at hand, except that one who knows no map yet waits for it. It may be a moment old;
-    /// the shards know better.
+    /// Returns which shard owns each slot and where its replicas are, as this store knows it now: a
+    /// look at a value at hand, except that one who knows no map yet waits for it. It may be a
+    /// moment old; the shards know better.
     fn map(&self, options: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>>;
 
-    /// The view, and how its groups are.
+    /// Returns the view, and the state of its groups.
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>>;
 
     /// Hands the leadership of a shard to its replica on the node with this address (none: its
@@ -110,14 +112,15 @@ pub trait Store: Send + Sync + 'static {
         options: Options,
     ) -> BoxFuture<'_, Result<ChangeInProgress, ViewChangeFailure>>;
 
-    /// What such a change would take.
+    /// Returns what such a change would take, and does nothing.
     fn plan_view(
         &self,
         change: ViewChange,
         options: Options,
     ) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>>;
 
-    /// How the change that was accepted as this plan gets on; none: there was no such plan.
+    /// Returns the progress of the change that was accepted as this plan; None if there was no such
+    /// plan.
     fn operation(
         &self,
         id: PlanEpoch,

@@ -9,7 +9,7 @@ use super::failure::Failure;
 use crate::sm::kv::{OperationOutcome, Record, WriteRejection};
 use crate::sm::ports::KeyRange;
 
-/// What became of one operation of a write.
+/// Outcome of one operation of a write.
 pub type Written = Result<OperationOutcome, WriteFailure>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -26,7 +26,7 @@ pub enum WriteFailure {
 pub struct Options {
     pub consistency: Consistency,
     pub routing: Routing,
-    /// How long the caller waits, from now.
+    /// Time for which the caller waits, from now.
     pub timeout: Duration,
 }
 
@@ -34,11 +34,11 @@ pub struct Options {
 pub enum Consistency {
     #[default]
     Linearizable,
-    /// What the replica at hand has applied, however old.
+    /// Reads the replica at hand, however old its state is.
     Stale,
 }
 
-/// What a node does with a request for a shard that it does not lead.
+/// Says what a node does with a request for a shard that it does not lead.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Routing {
     /// Fails with [`Failure::Elsewhere`], naming the leader.
@@ -55,7 +55,7 @@ pub struct GetOutcome {
     pub staleness: Option<Staleness>,
 }
 
-/// How old a replica's state may be.
+/// Age of a replica's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Staleness {
     /// Its leader has not been heard of since the start.

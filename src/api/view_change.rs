@@ -103,7 +103,7 @@ pub enum PerNode {
     PerNode,
 }
 
-/// What a change would take. Nothing has been done.
+/// The work that a change would take. Nothing has been done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedChange {
     /// The plan that it would follow.
@@ -137,7 +137,7 @@ pub struct ChangeInProgress {
     /// at that rate.
     pub bytes_per_s: Option<u64>,
     pub left_s: Option<u64>,
-    /// What it waits for, in words.
+    /// Says in words what it waits for.
     pub waiting_for: Vec<String>,
 }
 
@@ -157,8 +157,8 @@ impl ChangeInProgress {
     }
 }
 
-/// Why a change was not accepted. Nothing has changed, but after [`ViewChangeFailure::Failed`] with
-/// an unknown outcome.
+/// A reason why a change was not accepted. Nothing has changed, but after
+/// [`ViewChangeFailure::Failed`] with an unknown outcome.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum ViewChangeFailure {
     /// It can't be done as it was asked.
@@ -174,7 +174,7 @@ pub enum ViewChangeFailure {
     Failed(Failure),
 }
 
-/// Where nothing is changed, only [`ViewChangeFailure::Failed`] can come: the others say that
+/// Requests that change nothing meet [`ViewChangeFailure::Failed`] alone: the others say that
 /// nothing was done, and are told so.
 impl From<ViewChangeFailure> for Failure {
     fn from(failure: ViewChangeFailure) -> Self {

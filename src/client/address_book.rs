@@ -15,12 +15,12 @@ use tokio::time::Instant;
 use crate::api::shard_map::{NodePlace, ShardMap};
 use crate::types::Address;
 
-/// How long a node that did not answer is asked last.
+/// Time for which a node that did not answer is asked last.
 const SUSPECT_FOR: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub struct AddressBook {
-    /// What the client was started with.
+    /// The addresses that the client was started with.
     seeds: Vec<Address>,
     /// Nodes are called by what their peers call them, not by what clients are sent to.
     is_among_peers: AtomicBool,
@@ -53,7 +53,7 @@ impl AddressBook {
         }
     }
 
-    /// How to reach a node.
+    /// Returns the address by which to reach a node.
     pub fn address<'a>(&self, node: &'a NodePlace) -> &'a Address {
         if self.is_among_peers.load(Ordering::Relaxed) {
             &node.address
@@ -62,7 +62,7 @@ impl AddressBook {
         }
     }
 
-    /// How to reach the node that others are sent to by this name.
+    /// Returns the address by which to reach the node that others are sent to by this name.
     pub fn of_name(&self, map: &ShardMap, name: Address) -> Address {
         map.node_named(&name)
             .and_then(|node| map.node(node))

@@ -25,12 +25,12 @@ use crate::types::NodeId;
 const PAUSE: Duration = Duration::from_secs(2);
 /// Between two looks while something is wrong: an election takes about as long.
 const PAUSE_IN_TROUBLE: Duration = Duration::from_millis(300);
-/// How long a leader may take to answer.
+/// Time that a leader may take to answer.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A verdict older than this is worth nothing: the looks take too long.
 const VERDICT_AGE_MAX: Duration = Duration::from_secs(10);
 
-/// Why requests had better go elsewhere for now.
+/// A reason why requests had better go elsewhere for now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
     /// Stable, for scripts: `starting`, `no-leader`, `unreachable`.
@@ -38,7 +38,7 @@ pub struct Trouble {
     pub reason: String,
 }
 
-/// What a look found.
+/// Result of one check of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClusterCheck {
     pub at: Instant,
@@ -52,7 +52,7 @@ pub struct ClusterCheck {
 pub struct GatewayReadiness {
     store: Arc<RemoteStore>,
     last: RwLock<Option<ClusterCheck>>,
-    /// What keeps each kind of trouble from being said with every look: its reason may be another
+    /// Keeps each kind of trouble from being logged with every check: its reason may be another
     /// each time.
     said: [(&'static str, Rarely); CODES.len()],
     /// Trouble was said, and not yet that it is over.
@@ -62,7 +62,7 @@ pub struct GatewayReadiness {
 /// The codes of trouble that looks find.
 const CODES: [&str; 2] = ["no-leader", "unreachable"];
 
-/// What is said of a look.
+/// A line in the log about a check.
 #[derive(Debug, PartialEq, Eq)]
 enum ReadinessMessage {
     /// With how often it was left out.
@@ -81,7 +81,7 @@ impl GatewayReadiness {
         }
     }
 
-    /// What the last look found; none: the first is not over.
+    /// Returns the result of the last check; None until the first is over.
     pub fn last(&self) -> Option<ClusterCheck> {
         self.last.read().clone()
     }
@@ -200,7 +200,7 @@ fn owners(status: &ClusterStatus) -> impl Iterator<Item = &ShardStatus> {
         .filter(|shard| !shard.id.is_meta() && shard.slots > 0)
 }
 
-/// What is wrong with a cluster of which these nodes do not answer from here.
+/// Returns what is wrong with a cluster of which these nodes do not answer from here.
 fn judge(status: &ClusterStatus, silent: &BTreeSet<NodeId>) -> Option<Trouble> {
     owners(status).find_map(|shard| match shard.leader {
         None => Some(Trouble {

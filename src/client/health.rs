@@ -11,8 +11,8 @@ use super::wire::Connection;
 use crate::routing::problem;
 use crate::types::Address;
 
-/// Whether the answer to `GET` of this path is 200. The connection must be made `within` that time;
-/// the answer is waited for as long as the caller does.
+/// Asks for this path, and succeeds if the status is 200. The connection must be made `within` that
+/// time; the answer is waited for as long as the caller does.
 ///
 /// # Errors
 ///

@@ -22,7 +22,8 @@ use crate::routing::problem;
 use crate::routing::retry::{Effect, FailureHistory, FailureSource, server_timeout_ms};
 use crate::types::{Address, Revision};
 
-/// What stands in a path as itself: unreserved characters (RFC 3986, section 2.3) and the slash.
+/// Characters that stand in a path as themselves: unreserved characters (RFC 3986, section 2.3) and
+/// the slash.
 pub const KEY_ESCAPES: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'_')
@@ -47,7 +48,7 @@ pub struct NativeClient {
     connection: Option<(Address, Connection)>,
 }
 
-/// Why a request failed.
+/// A reason why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NativeError {
     /// Nothing was changed.
@@ -57,7 +58,7 @@ pub enum NativeError {
     Failed(#[from] Failure),
 }
 
-/// What a write is sent with.
+/// Headers of a write.
 #[derive(Debug, Clone, Default)]
 pub struct WriteHeaders {
     pub content_type: Option<String>,
@@ -87,14 +88,14 @@ pub struct Value {
     pub staleness: Option<String>,
 }
 
-/// What a write did. `created` is only told of a put.
+/// Outcome of a write. Only a put says `created`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct WriteAnswer {
     pub revision: Revision,
     pub created: Option<bool>,
 }
 
-/// Which page of a listing.
+/// Asks for one page of a listing.
 #[derive(Debug, Clone, Default)]
 pub struct ListQuery {
     pub prefix: Bytes,
@@ -118,11 +119,12 @@ struct Exchange {
     headers: HeaderMap,
     body: Bytes,
     effect: Effect,
-    /// Whether an answer of this server is what was asked for; else another is asked, if it may be.
+    /// Returns true if the answer of a server is what was asked for; else another is asked, if it
+    /// may be.
     is_awaited: fn(&Response<Bytes>) -> bool,
 }
 
-/// What became of one attempt.
+/// Outcome of one attempt.
 enum Attempt {
     Answer(Response<Bytes>),
     /// Certainly not done here: ask there, or the next server.
@@ -241,7 +243,7 @@ impl NativeClient {
         read_json(&checked(self.exchange(Exchange::read(path)).await?)?)
     }
 
-    /// What `GET /v1/cluster` says.
+    /// Returns the answer to `GET /v1/cluster`.
     ///
     /// # Errors
     ///

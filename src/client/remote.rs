@@ -39,7 +39,7 @@ const REFRESH_INTERVAL_MIN: Duration = Duration::from_millis(50);
 const HOPS_MAX: usize = 12;
 /// The shortest that a server can be told to wait.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
-/// How long requests go by a node that passes them on, before the leader is tried again.
+/// Time for which requests go by a node that passes them on, before the leader is tried again.
 const AROUND_FOR: Duration = Duration::from_secs(5);
 /// Between two rounds over all members.
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
@@ -74,7 +74,7 @@ pub struct HttpAccess {
     refreshing: tokio::sync::Mutex<Option<Instant>>,
 }
 
-/// What the last call says of who leads a shard.
+/// Leader of a shard, as far as the last call tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum LeaderHint {
     /// It answered.
@@ -149,7 +149,7 @@ impl HttpAccess {
         attempts
     }
 
-    /// Who answered last for the shard.
+    /// Returns the node that answered last for the shard.
     fn leader(&self, shard: GroupId, map: &ShardMap) -> Option<NodeId> {
         match self.leaders.lock().get(&shard) {
             Some(LeaderHint::Leads(address)) => {
@@ -335,7 +335,7 @@ impl HttpAccess {
         Ok(status)
     }
 
-    /// Whether the node answers at all, within `timeout`.
+    /// Returns true if the node answers at all, within `timeout`.
     pub async fn answers(&self, node: NodeId, timeout: Duration) -> bool {
         let Some(address) = self
             .map()

@@ -23,7 +23,7 @@ use crate::types::Address;
 /// but none is made that long.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
 
-/// Why a request has no answer.
+/// A reason why a request has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ExchangeError {
     #[error(transparent)]
@@ -66,7 +66,7 @@ impl Connection {
         Ok(Self { sender, driver })
     }
 
-    /// Whether another request can be sent.
+    /// Returns true if another request can be sent.
     pub fn is_open(&self) -> bool {
         !self.sender.is_closed()
     }

@@ -17,7 +17,7 @@ use crate::sm::level::TooOld;
 use crate::storage::directory::Stamp;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
-/// What a node knows of itself.
+/// The facts that a node knows of itself.
 #[derive(Debug, Clone, Copy)]
 pub struct OwnFacts<'a> {
     pub address: &'a Address,
@@ -31,14 +31,14 @@ pub struct OwnFacts<'a> {
     pub speaks: u16,
 }
 
-/// What came of asking a node who it is.
+/// Answer of a node to the question who it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerAnswer {
     Silent { reason: String },
     Identity(Identity),
 }
 
-/// What to do next.
+/// The next thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BootstrapStep {
     /// This directory belongs to a cluster, or is about to found one: start from it.
@@ -53,7 +53,7 @@ pub enum BootstrapStep {
     Refuse(TooOld),
 }
 
-/// What a node waits for. Its `Display` is what the log and `/readyz` say.
+/// A reason for a node to wait. Its `Display` is in the log and in `/readyz`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WaitReason {
     /// To found, every node of the `VIEW` must answer.
@@ -77,8 +77,8 @@ pub enum WaitReason {
     Mismatch(Mismatch),
 }
 
-/// Why nodes can't found a cluster together until one of them is started otherwise. The others need
-/// not be: they ask again and again.
+/// A reason why nodes can't found a cluster together until one of them is started otherwise. The
+/// others need not be: they ask again and again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
     #[error(
@@ -186,7 +186,7 @@ impl WaitReason {
     }
 }
 
-/// What the node with `own` should do, having heard this from the other nodes of its `VIEW`.
+/// Decides what the node with `own` does, having heard this from the other nodes of its `VIEW`.
 pub fn next_step(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> BootstrapStep {
     match own.stamp {
         Stamp::Member { view, .. } | Stamp::Founding { view } => {
@@ -246,8 +246,8 @@ fn silence(address: &Address, heard: &BTreeMap<Address, PeerAnswer>) -> Option<(
     }
 }
 
-/// What follows from a cluster that a node of the `VIEW` belongs, or belonged, to. The newest view
-/// that anyone knows counts.
+/// Decides what follows from a cluster that a node of the `VIEW` belongs, or belonged, to. The
+/// newest view that anyone knows counts.
 fn known_cluster(
     own: OwnFacts<'_>,
     heard: &BTreeMap<Address, PeerAnswer>,
@@ -345,8 +345,8 @@ fn first_mismatch(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> O
     })
 }
 
-/// Whether to promise, and the stamp that must be durable before the promise is sent (none: it
-/// already is).
+/// Decides whether to promise, and returns the stamp that must be durable before the promise is
+/// sent (None: it already is).
 ///
 /// A promise holds for one founding directory for ever. The same directory may ask again with
 /// another `VIEW`: had it founded with the first, it would not ask.
@@ -392,7 +392,7 @@ pub fn answer_promise(
     }
 }
 
-/// What a node says of itself to others.
+/// Returns the standing that a node tells others.
 pub fn standing(own: OwnFacts<'_>) -> Standing {
     match own.stamp {
         Stamp::Fresh => Standing::Fresh {
@@ -414,7 +414,7 @@ pub fn standing(own: OwnFacts<'_>) -> Standing {
     }
 }
 
-/// What came of greeting an address before this node starts from its data.
+/// Outcome of greeting an address before this node starts from its data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GreetingOutcome {
     Silent,
@@ -437,7 +437,7 @@ pub enum GreetingOutcome {
     },
 }
 
-/// Why a node does not start from its data.
+/// A reason why a node does not start from its data.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoStart {
     #[error(
@@ -459,8 +459,8 @@ pub enum NoStart {
     Outdated { by: Address, number: u64 },
 }
 
-/// Whether a node may start from data of `cluster`, having met this at other addresses. Returns
-/// what is to be said of a `VIEW` that names others as well.
+/// Decides whether a node may start from data of `cluster`, having met this at other addresses.
+/// Returns what is to be said of a `VIEW` that names others as well.
 ///
 /// # Errors
 ///
@@ -822,7 +822,7 @@ mod tests {
         );
     }
 
-    /// Where every directory is empty, whoever starts the nodes may not know that there was data
+    /// With every directory empty, whoever starts the nodes may not know that there was data
     /// once.
     #[test]
     fn a_node_that_only_joins_founds_nothing_and_helps_to_found_nothing() {

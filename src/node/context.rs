@@ -43,13 +43,13 @@ use crate::types::{
     ReplicaId,
 };
 
-/// How soon to try a meta leader again that was none.
+/// Time after which to try a meta leader again that was none.
 const META_RETRY_AFTER_MS: u64 = 500;
-/// How long a router waits for a newer map before it tries the one it has once more.
+/// Time for which a router waits for a newer map before it tries the one it has once more.
 const MAP_WAIT: Duration = Duration::from_millis(200);
-/// How long a node that did not answer is asked last.
+/// Time for which a node that did not answer is asked last.
 const SUSPECT_FOR: Duration = Duration::from_secs(1);
-/// How long the other nodes are given to tell of their replicas.
+/// Time that the other nodes have to tell of their replicas.
 const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
 /// Nodes that are asked at once: a connection each.
 const STATUS_ASKED_AT_ONCE: usize = 64;
@@ -66,7 +66,7 @@ const ENDS_MAX: usize = 256;
 pub struct NodeContext {
     pub cluster: ClusterId,
     pub node: NodeId,
-    /// What clients are sent to for this node.
+    /// The address that clients are sent to for this node.
     pub address: Address,
     pub registry: Arc<Registry>,
     pub caller: ShardCaller,
@@ -77,7 +77,7 @@ pub struct NodeContext {
     pub full_disks: FullDisks,
     /// Since when this node has listened to others.
     pub began_at: Instant,
-    /// How often replicas of each shard that this node led were found to differ.
+    /// Counts for each shard that this node led how often its replicas were found to differ.
     differed: Mutex<BTreeMap<GroupId, u64>>,
     joining: Arc<Joining>,
     views: Arc<Views>,
@@ -91,21 +91,21 @@ pub struct Views {
     /// Of the view: asked for with every entry.
     level: AtomicU16,
     map: RwLock<Arc<ShardMap>>,
-    /// Where directories of the view answer that are not where it says.
+    /// Addresses of directories of the view that answer elsewhere than it says.
     moved: RwLock<HashMap<DirectoryId, Address>>,
-    /// Whether there is any: frames ask.
+    /// True if there is any: each frame asks.
     any_moved: AtomicBool,
     /// Of the last plans that another has taken the place of: whether everything was as they said
     /// by then.
     ended: Mutex<BTreeMap<PlanEpoch, bool>>,
 }
 
-/// What was heard about a shard that this node has no replica of, or does not lead.
+/// Remembers who leads a shard that this node has no replica of, or does not lead.
 #[derive(Debug, Default)]
 struct ShardHint {
     leader: Option<NodeId>,
-    /// When it showed that it leads, and the vote that this node's replica had given by then, if it
-    /// has one.
+    /// The time at which it showed that it leads, and the vote that this node's replica had given
+    /// by then, if it has one.
     shown: Option<(Instant, Option<Vote>)>,
     suspects: Vec<(NodeId, Instant)>,
 }
@@ -115,7 +115,7 @@ struct ShardHint {
 pub struct PeerPlace {
     pub node: NodeId,
     pub address: Address,
-    /// What others are sent to.
+    /// The address that others are sent to.
     pub name: Address,
     /// As a relay while one that comes before it can't be connected to.
     pub hop: Hop,
@@ -314,7 +314,7 @@ impl NodeContext {
         self.views.map()
     }
 
-    /// Whether a peer was heard of lately, on any lane.
+    /// Returns true if a peer was heard of lately, on any lane.
     pub fn heard_within(&self, node: NodeId, time: Duration) -> bool {
         self.registry
             .last_heard(node)
@@ -343,7 +343,7 @@ impl NodeContext {
         Some(!hosting.lacks_room && !hosting.is_stopping && hosting.runs(shard, replica))
     }
 
-    /// Whether a node is this one, or was heard of lately.
+    /// Returns true if a node is this one, or was heard of lately.
     pub fn is_in_reach(&self, node: NodeId, time: Duration) -> bool {
         node == self.node || self.heard_within(node, time)
     }
@@ -466,7 +466,7 @@ impl NodeContext {
             .collect()
     }
 
-    /// Where a node is to be asked, if it is in the view.
+    /// Returns the address at which a node is to be asked, if it is in the view.
     pub fn place_of(&self, node: NodeId, hop: Hop) -> Option<PeerPlace> {
         let map = self.map();
         // Where it was found, which the view may not say yet.
@@ -496,8 +496,8 @@ impl NodeContext {
             .filter(|_| is_fresh && promise == now && !is_own)
     }
 
-    /// Who leads the shard: this node, or who answered for it last, or whom its replica here
-    /// follows.
+    /// Returns the leader of the shard: this node, or who answered for it last, or whom its replica
+    /// here follows.
     pub fn known_leader(&self, shard: GroupId) -> Option<NodeId> {
         let local = self.registry.get(shard);
         if local.as_ref().is_some_and(|group| group.leads()) {
@@ -657,7 +657,7 @@ impl NodeContext {
             .ok_or_else(|| unavailable("the meta group is not open here".into()))
     }
 
-    /// Where the leader of the meta group is.
+    /// Returns the address of the leader of the meta group.
     fn leader_of(&self, meta: &Replica) -> Result<Address, Failure> {
         let leader = meta
             .status()
@@ -672,7 +672,7 @@ impl NodeContext {
         })
     }
 
-    /// What this node says of itself and its replicas.
+    /// Returns what this node says of itself and its replicas.
     pub async fn hosting(&self, lacks_room: bool) -> Hosting {
         self.joining
             .hosting(self.hosted().await, self.failures.told(), lacks_room)
@@ -763,7 +763,7 @@ impl NodeContext {
     }
 }
 
-/// How the host of a place holder ends. Nobody has such a name (RFC 2606).
+/// Suffix of the host of a place holder. Nobody has such a name (RFC 2606).
 const PLACE_HOLDER_SUFFIX: &str = ".moving.invalid";
 
 /// The address of a node that has moved and has yet to announce where to.

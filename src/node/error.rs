@@ -12,7 +12,7 @@ use crate::storage::sled_tree::SledError;
 use super::bootstrap::NoStart;
 use super::join::JoinError;
 
-/// Why a node does not start, or stopped by itself.
+/// A reason why a node does not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     #[error(transparent)]
@@ -35,7 +35,7 @@ pub enum NodeError {
          the cluster has noticed"
     )]
     Outdated { reason: String },
-    /// Which of the two is right is for people to say.
+    /// People have to say which of the two is right.
     #[error(
         "another process runs with a copy of this data directory: {by} is in contact with it. Stop \
          that one first, or give this node an empty directory; it then joins as a new node"
@@ -72,7 +72,7 @@ impl NodeError {
         )
     }
 
-    /// Whether starting the process again, and nothing else, mends it.
+    /// Returns true if starting the process again, and nothing else, mends it.
     pub fn wants_restart(&self) -> bool {
         matches!(
             self,
@@ -85,7 +85,7 @@ impl NodeError {
     }
 }
 
-/// Why a node that knows where it belongs does not start.
+/// A reason why a node that knows where it belongs does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(transparent)]

@@ -19,7 +19,7 @@ use crate::types::{Address, DirectoryId, GroupId, NodeId, ReplicaId};
 /// A report that was not repeated for so long counts no more.
 const REPORT_LASTS: Duration = Duration::from_secs(10);
 
-/// When each node has last said that replicas have failed there.
+/// Times at which nodes have last said that replicas have failed there.
 #[derive(Default)]
 pub struct FailureReports(Mutex<BTreeMap<NodeId, Instant>>);
 
@@ -44,7 +44,7 @@ impl FailureReports {
     }
 }
 
-/// What nodes have answered when they were asked which of their replicas have failed.
+/// Answers of nodes to the question which of their replicas have failed.
 pub type FailedByNode = BTreeMap<NodeId, Vec<FailedReplica>>;
 
 /// Returns what was told of replicas that the view has where they were told of.

@@ -15,10 +15,10 @@ use crate::sm::cluster::view::View;
 use crate::sm::disk_level::DiskLevel;
 use crate::types::{DirectoryId, NodeId};
 
-/// What was not repeated for so long counts no more.
+/// TTL of a report: it counts no more unless it is repeated.
 const REPORT_LASTS: Duration = Duration::from_secs(10);
 
-/// How full the disks of other nodes are, as they said lately.
+/// Levels of the disks of other nodes, as they said lately.
 #[derive(Default)]
 pub struct FullDisks(Mutex<BTreeMap<NodeId, (DiskLevel, Instant)>>);
 

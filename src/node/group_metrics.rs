@@ -398,7 +398,7 @@ fn of_silences(mut silences: Vec<Silence>) -> Family {
     )
 }
 
-/// What was asked of the cluster, and whether it is so.
+/// Returns what was asked of the cluster, and whether it is so.
 fn of_view(view: &View) -> Vec<Family> {
     use FamilyKind::Gauge;
     vec![

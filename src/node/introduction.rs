@@ -26,7 +26,7 @@ use crate::routing::peer_caller::PeerError;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 
-/// How long a member is given to answer.
+/// Time that a member has to answer.
 const GREET_TIMEOUT: Duration = Duration::from_secs(1);
 /// Rounds before a start, while nobody of the `VIEW` has answered as a member of any cluster: nodes
 /// may be started together.
@@ -292,7 +292,7 @@ pub struct Greeter {
     joining: Arc<Joining>,
     /// Members that have heard of this start.
     told: BTreeSet<DirectoryId>,
-    /// When an address that did not answer is asked again, and how long it is left in peace after
+    /// Times at which an address that did not answer is asked again, and the pause after
     /// that.
     later: BTreeMap<Address, (Instant, Duration)>,
 }
@@ -362,8 +362,8 @@ impl Greeter {
         }
     }
 
-    /// Where to ask: members that have not heard of this start; and while nothing is heard of the
-    /// meta group, wherever one may be.
+    /// Returns the addresses to ask: members that have not heard of this start; and while nothing
+    /// is heard of the meta group, wherever one may be.
     fn targets(&mut self) -> Vec<Address> {
         let view = self.context.view();
         self.told

@@ -31,7 +31,7 @@ use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId, StartId};
 
-/// How long one node is waited for when it is asked who it is.
+/// Time that one node has to say who it is.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two rounds of asking, while something may change soon and there are few to ask.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
@@ -45,10 +45,10 @@ const SPARE_INTERVAL: Duration = Duration::from_secs(1);
 const INVITERS_MAX: usize = 16;
 /// Processes with a copy of this directory that are told of.
 const DOUBLES_MAX: usize = 64;
-/// How often the log repeats what this node waits for.
+/// Interval at which the log repeats what this node waits for.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Why a node can't become part of a cluster, whatever it waits for.
+/// A reason why a node can't become part of a cluster, whatever it waits for.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
     #[error(transparent)]
@@ -59,7 +59,7 @@ pub enum JoinError {
     Directory(#[from] DirectoryError),
 }
 
-/// What a node belongs to.
+/// The cluster that a node belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Joined {
     pub node: NodeId,
@@ -77,7 +77,7 @@ pub struct Joining {
     directory: DataDirectory,
     caller: PeerCaller,
     waiting: watch::Sender<Option<WaitReason>>,
-    /// Who called a node that waits.
+    /// Members that have called this node while it waits.
     invited: Mutex<Vec<Address>>,
     called: Notify,
     /// Rounds in which everyone was asked.
@@ -232,7 +232,7 @@ impl Joining {
         }
     }
 
-    /// What this node waits for; none before it asked, and once it joined.
+    /// Returns what this node waits for; None before it has asked, and once it has joined.
     pub fn waiting(&self) -> Option<WaitReason> {
         self.waiting.borrow().clone()
     }
@@ -375,8 +375,8 @@ impl Joining {
         self.called.notify_one();
     }
 
-    /// Whether this directory was a member when it was opened, or has become one: its log must hold
-    /// its meta replica.
+    /// Returns true if this directory was a member when it was opened, or has become one: its log
+    /// must hold its meta replica.
     pub fn is_stamped_member(&self) -> bool {
         matches!(self.directory.stamp(), Stamp::Member { .. })
     }
@@ -588,7 +588,7 @@ fn short_reason(error: &(dyn std::error::Error + 'static)) -> String {
     cause.to_string()
 }
 
-/// How long a node of a `VIEW` of so many waits between two rounds of asking them all.
+/// Returns the pause of a node of a `VIEW` of so many between two rounds of asking them all.
 fn ask_interval(nodes: usize, founds: bool) -> Duration {
     let few = if founds {
         FEW_NODES_OF_FOUNDER

@@ -40,8 +40,8 @@ const FORMAT: u64 = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct OwnerFile {
     cluster: ClusterId,
-    /// What its stamp said then that it had left. Where the stamp says something else now, this
-    /// file is out of date.
+    /// The cluster that it had left by its stamp then. Where the stamp says something else now,
+    /// this file is out of date.
     left: Option<LeftCluster>,
 }
 
@@ -51,7 +51,7 @@ struct LeftCluster {
     node: NodeId,
 }
 
-/// What must go before a directory serves a cluster.
+/// Data that must go before a directory serves a cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Clearing {
     Nothing,

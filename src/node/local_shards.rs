@@ -39,7 +39,7 @@ use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 /// Keys of a long list that are read under one guard: entries can't be applied meanwhile.
 const KEYS_PER_GUARD: usize = 64;
 
-/// How long a page keeps entries from being applied at a time, and between how many keys it looks
+/// Time for which a page keeps entries from being applied in one go, and the keys between two looks
 /// at the clock.
 const TIME_PER_GUARD: Duration = Duration::from_millis(2);
 const LOOKS_PER_CLOCK: u32 = 16;
@@ -47,20 +47,20 @@ const LOOKS_PER_CLOCK: u32 = 16;
 /// Keys that one request of a router can ask a shard for.
 const KEYS_MAX: usize = 10_000;
 
-/// How soon to try again when a shard has no leader: an election takes about this long.
+/// Time after which to try again when a shard has no leader: an election takes about this long.
 const RETRY_AFTER_MS: u64 = 500;
 
-/// How soon to try again when a disk is full.
+/// Time after which to try again when a disk is full.
 const NO_ROOM_RETRY_AFTER_MS: u64 = 5000;
 
 /// A node that has not answered after this time is looked for.
 const DOUBT_AFTER: Duration = Duration::from_millis(300);
 
-/// How long one node is waited for when another could answer, or half of the time that is left if
+/// Time that one node has when another could answer, or half of the time that is left if
 /// that is more.
 const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 
-/// How a node reaches shards.
+/// Answers for the shards of this node, and reaches the others.
 pub struct LocalShards {
     context: Arc<NodeContext>,
     contacts: HomeProbe,
@@ -794,7 +794,7 @@ impl LocalShards {
         }
     }
 
-    /// Where the meta group is led; none: here.
+    /// Returns the address of the meta group's leader; None if this node leads it.
     fn meta_leader(&self) -> Result<Option<Address>, Failure> {
         let meta = self.context.registry.get(GroupId::META);
         let meta = meta.ok_or_else(|| unavailable("the meta group is not open here".to_owned()))?;
@@ -965,7 +965,7 @@ fn read_key(
     }
 }
 
-/// What a shard is asked for by one request for many keys.
+/// Request for many keys of a shard.
 struct ManyKeys {
     keys: Vec<Bytes>,
     bytes_max: usize,

@@ -21,14 +21,14 @@ use crate::raft::Replica;
 use crate::routing::call::{CallError, time_to_answer_ms};
 use crate::types::{GroupId, NodeId};
 
-/// How long the leader is looked for in one go. Another is elected by then, and whoever still waits
-/// looks again.
+/// Time for which the leader is looked for in one go. Another is elected by then, and whoever still
+/// waits looks again.
 const LOOK_MAX: Duration = Duration::from_secs(2);
 
-/// How long the likeliest node has to answer before the others are asked too.
+/// Time that the likeliest node has to answer before the others are asked too.
 const OTHERS_AFTER: Duration = Duration::from_millis(200);
 
-/// How soon a node is asked again that does not lead.
+/// Pause before a node that does not lead is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Finds the leaders of shards.
@@ -37,11 +37,11 @@ pub struct Locator {
     looks: Mutex<HashMap<GroupId, Arc<LeaderSearch>>>,
 }
 
-/// What the last look for the leader of a shard ended with, and when; locked while one is under
-/// way.
+/// Result of the last search for the leader of a shard, and when it ended; locked while one is
+/// under way.
 type LeaderSearch = tokio::sync::Mutex<Option<(Instant, Option<NodeId>)>>;
 
-/// What a node says to the question whether it leads.
+/// Answer of a node to the question whether it leads.
 enum Answer {
     Yes,
     No,

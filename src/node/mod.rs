@@ -80,13 +80,13 @@ pub use metric_family::{Family, FamilyKind};
 use platform::{Platform, RealPlatform};
 use running_node::RunningNode;
 
-/// How soon a client should ask a node again that is not part of a cluster yet.
+/// Time after which a client should ask a node again that is not part of a cluster yet.
 const RETRY_AFTER_MS: u64 = 1000;
 
 /// Sentences in what is said of a node that is ready.
 const NOTES_MAX: usize = 5;
 
-/// How long leaderships may take to be handed over before the process starts again.
+/// Time that leaderships may take to be handed over before the process starts again.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A node, from its start to its stop.
@@ -94,11 +94,11 @@ pub struct Node {
     joining: Arc<Joining>,
     running: OnceLock<RunningNode>,
     is_stopping: AtomicBool,
-    /// What the answers under way are charged to.
+    /// Budget of the answers under way.
     answers: Arc<Budget>,
 }
 
-/// Why a node should not be given requests.
+/// A reason why a node should not be given requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unready {
     /// Stable, for scripts: `starting`, `no-cluster`, `spare`, `catching-up`, `replica-failed` or
@@ -295,7 +295,7 @@ impl Node {
         reply
     }
 
-    /// Who is told when a part of this node panics or hangs.
+    /// Returns the supervisor, which is told when a part of this node panics or hangs.
     pub fn supervisor(&self) -> &Supervisor {
         self.joining.supervisor()
     }
@@ -371,7 +371,7 @@ impl Node {
         )
     }
 
-    /// Who this node is.
+    /// Returns who this node is.
     pub fn identity(&self) -> Identity {
         self.joining.identity()
     }
@@ -394,7 +394,7 @@ impl Node {
         }
     }
 
-    /// What this node says of its own replicas.
+    /// Returns what this node says of its own replicas.
     pub async fn hosting(&self) -> Hosting {
         match self.running.get() {
             Some(running) => {
@@ -521,7 +521,7 @@ impl Node {
             .map(|running| Arc::clone(running.registry()))
     }
 
-    /// What this node counts, for the metrics page.
+    /// Returns what this node counts, for the metrics page.
     pub fn families(&self) -> Vec<Family> {
         self.running
             .get()

@@ -26,7 +26,7 @@ use crate::sm::level::TooOld;
 use crate::sm::placement::{Planned, plan};
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
-/// How long a node is waited for when it is asked who it is.
+/// Time that a node has to say who it is.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two looks at a node that has left and does not know yet.
 const LATE_LEAVER_PAUSE: Duration = Duration::from_millis(200);
@@ -37,7 +37,7 @@ const CHANGES_AT_ONCE: usize = 4;
 /// be no way to have a whole network dialled in a moment, nor to keep other changes and what this
 /// node asks for itself waiting.
 const ASKED_AT_ONCE: usize = 8;
-/// How soon to try again.
+/// Time after which to try again.
 const RETRY_AFTER_MS: u64 = 500;
 /// Names in one list of what is waited for.
 const NAMES_MAX: usize = 8;
@@ -60,7 +60,7 @@ struct TrackedChange {
 /// Nodes that a change names, and that have left and do not know it yet.
 #[derive(Debug)]
 struct LateLeavers {
-    /// Whether there was one.
+    /// True if there was one.
     any: bool,
     until: Instant,
 }
@@ -177,8 +177,8 @@ impl Operator {
         }
     }
 
-    /// Whether a node that is to be in the view has left it, and does not know yet. Such a node is
-    /// told to look.
+    /// Returns true if a node that is to be in the view has left it, and does not know yet. Such a
+    /// node is told to look.
     async fn is_leaving_late(&self, view: &View, change: &ViewChange) -> bool {
         let members: Vec<Address> = view
             .staying()
@@ -211,7 +211,7 @@ impl Operator {
         join_all(asked).await.into_iter().flatten().next().is_some()
     }
 
-    /// What such a change would take.
+    /// Returns what such a change would take.
     pub async fn preview(
         &self,
         change: &ViewChange,
@@ -234,7 +234,8 @@ impl Operator {
         Ok(compare(&view, &planned, &self.context.status().await))
     }
 
-    /// How the change that was accepted as plan `id` gets on; none: there was no such plan.
+    /// Returns the progress of the change that was accepted as plan `id`; None if there was no such
+    /// plan.
     pub async fn operation(
         &self,
         id: PlanEpoch,
@@ -479,7 +480,7 @@ fn newcomer(
     })
 }
 
-/// What is asked for now. What the change leaves out stays.
+/// Returns what is asked for now. What the change leaves out stays.
 fn merged(asked: PlacementSpec, change: &ViewChange) -> PlacementSpec {
     PlacementSpec {
         layout: change.layout.unwrap_or(asked.layout),

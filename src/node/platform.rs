@@ -21,7 +21,7 @@ pub trait Platform: Send + Sync + 'static {
     /// Opens the data directory, for this node alone.
     fn open_directory(&self, path: &Path) -> Result<DataDirectory, DirectoryError>;
 
-    /// Where the log and the snapshot files are.
+    /// Returns the disk of the log and the snapshot files.
     fn disk(&self) -> Arc<dyn Disk>;
 
     /// The map database. `is_expected`: there were replicas, so it should be there.
@@ -32,7 +32,7 @@ pub trait Platform: Send + Sync + 'static {
         is_expected: bool,
     ) -> Result<Arc<dyn Trees>, SledError>;
 
-    /// Who is told when a part of the node panics or hangs.
+    /// Returns the supervisor, which is told when a part of the node panics or hangs.
     fn supervisor(&self) -> Supervisor;
 
     /// Told of each step of a view change that this node has taken; the next one waits for the end

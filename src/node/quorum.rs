@@ -11,7 +11,7 @@ use crate::api::store::Failure;
 use crate::sm::cluster::view::{GroupSpec, View};
 use crate::types::{GroupId, NodeId};
 
-/// How long a node may have been silent and still pass for one that is there. Longer than an
+/// Time for which a node may be silent and still pass for one that is there. Longer than an
 /// election.
 const SILENCE_MAX: Duration = Duration::from_secs(2);
 /// Addresses in one text.

@@ -16,7 +16,7 @@ use crate::storage::ReplicaKey;
 
 /// A replica that has run for so long has recovered: its next failure is the first of a row again.
 const RECOVERED_AFTER: Duration = Duration::from_secs(60);
-/// How often the log repeats how many replicas have failed.
+/// Interval at which the log repeats how many replicas have failed.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 /// Failures that are told at once within that time. A disk that fails takes a thousand replicas
 /// along.

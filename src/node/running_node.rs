@@ -65,11 +65,11 @@ use crate::types::{Address, ClusterId, DirectoryId, GroupId};
 
 /// Between two attempts to open the replica of the meta group while there is no descriptor for it.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_millis(500);
-/// How long the meta group is given to apply the announcement of a node.
+/// Time that the meta group has to apply the announcement of a node.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long the meta group is given to confirm that a view is the newest.
+/// Time that the meta group has to confirm that a view is the newest.
 const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
-/// How soon to try a meta leader again that was none.
+/// Time after which to try a meta leader again that was none.
 const RETRY_AFTER_MS: u64 = 500;
 
 /// A process that starts again on a full disk meets the same again.

@@ -52,11 +52,11 @@ const FAILURE_BYTES_MAX: usize = 1 << 20;
 pub struct ShardCaller {
     http: reqwest::Client,
     room: Arc<CallRoom>,
-    /// What replies are charged to.
+    /// Budget of the replies.
     answers: Arc<Budget>,
 }
 
-/// Why a call has no reply.
+/// A reason why a call has no reply.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// No connection: certainly not done.
@@ -259,7 +259,7 @@ struct RoomState {
     addresses: HashMap<Address, AddressRoom>,
 }
 
-/// What one address has of the room. Forgotten when it has nothing and nobody waits.
+/// The share of one address in the room. Forgotten when it has nothing and nobody waits.
 #[derive(Debug, Default)]
 struct AddressRoom {
     used: usize,
@@ -444,7 +444,7 @@ async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
     }
 }
 
-/// What an error answer means.
+/// Returns the failure that an error answer means.
 pub async fn failure_of(response: reqwest::Response) -> Failure {
     let (status, headers) = (response.status(), response.headers().clone());
     let body = read_reply(response, FAILURE_BYTES_MAX, |_| true)
@@ -453,7 +453,7 @@ pub async fn failure_of(response: reqwest::Response) -> Failure {
     problem::failure(status, &headers, &body)
 }
 
-/// Why the body of a reply was not read to its end.
+/// A reason why the body of a reply was not read to its end.
 #[derive(Debug, thiserror::Error)]
 enum BodyError {
     #[error("there is no room for its reply now")]

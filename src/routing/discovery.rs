@@ -13,7 +13,7 @@ use crate::api::protocol::ClusterStatus;
 use crate::api::store::Failure;
 use crate::types::Address;
 
-/// How long one node is waited for where another could be asked.
+/// Time that one node has where another could be asked.
 const TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// `GET /v1/cluster`.
@@ -40,8 +40,8 @@ pub async fn status(http: &reqwest::Client, address: &Address) -> Result<Cluster
         .map_err(|error| unavailable(format!("{address}: {error}")))
 }
 
-/// Whom a node names that can't tell of the cluster itself: the members that took its place, or
-/// those that it waits for.
+/// Returns the nodes to ask instead of one that can't tell of the cluster: the members that took
+/// its place, or those that it waits for.
 pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address> {
     let asked = http
         .get(format!("http://{address}/peer/identity"))
@@ -61,7 +61,7 @@ pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address
     }
 }
 
-/// Whether a node answers at all, within `timeout`.
+/// Returns true if a node answers at all, within `timeout`.
 pub async fn lives(http: &reqwest::Client, address: &Address, timeout: Duration) -> bool {
     let asked = http
         .get(format!("http://{address}/healthz"))
@@ -71,7 +71,7 @@ pub async fn lives(http: &reqwest::Client, address: &Address, timeout: Duration)
     asked.is_ok_and(|answer| answer.status().is_success())
 }
 
-/// Whether a connection to a node can be made, within `at_most`. Nothing is sent over it.
+/// Returns true if a connection to a node can be made, within `at_most`. Nothing is sent over it.
 pub async fn takes_connections(address: &Address, at_most: Duration) -> bool {
     let connected = timeout(at_most, TcpStream::connect(address.as_str())).await;
     connected.is_ok_and(|connected| connected.is_ok())

@@ -14,9 +14,9 @@ use crate::api::peer::{Identity, Standing};
 use crate::api::shard_map::{NodePlace, ShardMap};
 use crate::types::{Address, GroupId, NodeId};
 
-/// How long a home is waited for that does not lead. Whoever asks waits too.
+/// Time that a home has to answer which does not lead. Whoever asks waits too.
 const ASK_TIMEOUT: Duration = Duration::from_millis(300);
-/// How long an answer counts, and silence too.
+/// TTL of an answer, and of silence.
 const FRESH_FOR: Duration = Duration::from_secs(1);
 
 /// Tells whom to ask, and remembers for a moment which homes answered.
@@ -24,11 +24,11 @@ const FRESH_FOR: Duration = Duration::from_secs(1);
 pub struct HomeProbe {
     caller: ShardCaller,
     ask_timeout: Duration,
-    /// Which nodes are members.
+    /// Answers to the question whether a node is a member.
     members: ProbeCache,
 }
 
-/// What nodes answered to one question, for a moment. Those who ask about one node meanwhile share
+/// Answers of nodes to one question, for a moment. Those who ask about one node meanwhile share
 /// the answer; a node that says nothing holds up nobody who asks about another.
 #[derive(Debug, Default)]
 struct ProbeCache {
@@ -86,9 +86,9 @@ impl HomeProbe {
         }
     }
 
-    /// What the node to ask about `shard` is called in the view. None: there is no such shard.
-    /// `leader` is who answered for it last, if that is known; only where it is not the home, the
-    /// home is asked, by the address to reach it by, whether it is there.
+    /// Returns the name in the view of the node to ask about `shard`; None if there is no such
+    /// shard. `leader` is who answered for it last, if that is known; only where it is not the
+    /// home, the home is asked, by the address to reach it by, whether it is there.
     pub async fn of(
         &self,
         map: &ShardMap,
@@ -137,7 +137,8 @@ mod tests {
     use crate::client::testing::{bind, json, nobody, serve, status};
     use crate::types::{ClusterId, DirectoryId};
 
-    /// Who says that it was in a cluster once, or is in one; and how often it was asked.
+    /// Serves the identity of a node that was in a cluster once, or is in one; counts how often it
+    /// is asked.
     fn node(
         address: &Address,
         listener: TcpListener,

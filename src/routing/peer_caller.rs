@@ -33,7 +33,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// Nodes whose last word is kept, with the view in it: a node that waits asks a few members.
 const KNOWN_MAX: usize = 32;
 
-/// Why a node gave no answer.
+/// A reason why a node gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
     #[error("{}", silence(.address, .source))]
@@ -81,7 +81,7 @@ fn read_identity(address: &Address, text: &str) -> Result<Identity, PeerError> {
     })
 }
 
-/// Why the HTTP client can't be set up.
+/// The reason why the HTTP client can't be set up.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct SetUpError(#[from] reqwest::Error);
@@ -94,7 +94,7 @@ pub struct PeerCaller {
     known: Arc<Mutex<BTreeMap<Address, KnownIdentity>>>,
 }
 
-/// What a node has said of itself last.
+/// The last identity of a node, which it need not send again.
 #[derive(Debug, Clone)]
 struct KnownIdentity {
     etag: HeaderValue,

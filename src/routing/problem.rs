@@ -13,7 +13,7 @@ use crate::api::store::Failure;
 /// The longest text that is passed on, in characters.
 const DETAIL_MAX: usize = 2000;
 
-/// How a server's text of a [`Failure`] begins: its meaning is in the status already.
+/// Prefixes of a server's text of a [`Failure`]: its meaning is in the status already.
 const PREFIXES: [&str; 5] = [
     "invalid request: ",
     "unavailable: ",
@@ -22,7 +22,7 @@ const PREFIXES: [&str; 5] = [
     "too large: ",
 ];
 
-/// How the `type` of every problem of a node begins; every release has sent it.
+/// Prefix of the `type` of every problem of a node; every release has sent it.
 pub const TYPE_PREFIX: &str = "urn:quorate:problem:";
 /// The media type of a problem.
 pub const MEDIA_TYPE: &str = "application/problem+json";
@@ -57,7 +57,7 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
     }
 }
 
-/// Whether an answer is a problem that a node has written.
+/// Returns true if an answer is a problem that a node has written.
 pub fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
     let media_type = headers
         .get(CONTENT_TYPE)
@@ -73,8 +73,9 @@ pub fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
     kind.is_some_and(|kind| kind.starts_with(TYPE_PREFIX))
 }
 
-/// What the answer of somebody else means. Most refusals (4xx) say that the request is not wanted
-/// as it is, and so was not passed on; those that come with waiting say nothing of what was.
+/// Returns the failure that the answer of a server means which is no node. Most refusals (4xx) say
+/// that the request is not wanted as it is, and so was not passed on; those that come with waiting
+/// say nothing of what was.
 fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
     let reason = match detail(status, body) {
         text if text == status.to_string() => format!("{status}, from a server that is no node"),

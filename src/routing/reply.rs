@@ -18,7 +18,7 @@ use crate::budget::{Budget, Share};
 pub const VIEW_BYTES_MAX: usize = 16 << 20;
 /// An outcome, a promise kept or refused, a leader's address.
 pub const SMALL_BYTES_MAX: usize = 256 << 10;
-/// What is kept of the text of an error.
+/// Bytes that are kept of the text of an error.
 pub const PROBLEM_BYTES_MAX: usize = 64 << 10;
 /// The replies that are read at once: hundreds of pages of listings, or of the largest values some
 /// thirty.
@@ -31,7 +31,7 @@ pub fn budget() -> &'static Arc<Budget> {
     &REPLIES
 }
 
-/// Why a reply can't be read.
+/// A reason why a reply can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplyError {
     #[error("{}", describe(.0))]

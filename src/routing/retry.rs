@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::call::time_to_answer_ms;
 use crate::api::store::Failure;
 
-/// How long one server is waited for where another could be asked, or half of the time that is left
+/// Time that one server has where another could be asked, or half of the time that is left
 /// if that is more.
 const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 /// The longest that a server lets itself be told to wait. Who has more time asks again.
@@ -22,7 +22,7 @@ pub fn server_timeout_ms(timeout: Duration) -> u64 {
     time_to_answer_ms(timeout).min(SERVER_TIMEOUT_MAX_MS)
 }
 
-/// What it does to send a request twice.
+/// Effect of sending a request twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     /// It changes nothing: a read, a dry run, a look at how a change gets on.
@@ -66,7 +66,7 @@ impl Effect {
     }
 }
 
-/// Who tells of a failure: the more they can know, the later they stand.
+/// The source of a failure: the more it can know, the greater it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FailureSource {
     /// There was no connection, or no answer on it.

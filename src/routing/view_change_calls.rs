@@ -23,7 +23,7 @@ use crate::types::{Address, PlanEpoch};
 /// A node's own "not in time" is waited for this much longer.
 const PATIENCE: Duration = Duration::from_millis(400);
 
-/// Why a node has not done what it was asked for about the view, and whether it said so itself.
+/// A reason why a node has not changed the view, and whether it said so itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unsettled {
     pub by: FailureSource,
@@ -179,7 +179,7 @@ fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFa
     }
 }
 
-/// What a problem says of a refused change.
+/// Fields of the problem that refuses a change.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Refusal {

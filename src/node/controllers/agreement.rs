@@ -42,11 +42,11 @@ pub struct Agreement {
     context: Arc<NodeContext>,
     every: Duration,
     shards: BTreeMap<GroupId, Comparing>,
-    /// What nodes said in this look: each is asked at most once, for all shards.
+    /// Answers of the nodes in this round: each is asked at most once, for all shards.
     heard: BTreeMap<NodeId, Vec<HostedReplica>>,
 }
 
-/// Where the comparison of one shard is.
+/// State of the comparison of one shard.
 #[derive(Debug, Clone, Copy)]
 enum Comparing {
     /// The next begins then. `settled`: the entry of the one before, if it found nothing that must
@@ -60,7 +60,7 @@ enum Comparing {
     },
 }
 
-/// What members told of the comparison at one entry.
+/// Digests that members have told of the comparison at one entry.
 struct DigestAnswers {
     at: LogId,
     members: BTreeMap<ReplicaId, NodeId>,

@@ -43,7 +43,7 @@ pub struct DiskWatch {
     states: Arc<MapStore>,
     level: DiskLevel,
     not_before: HashMap<GroupId, Instant>,
-    /// What the others were told last, and when.
+    /// The level that the others were told last, and when.
     reported: Option<(DiskLevel, Instant)>,
     directory: DirectoryId,
     unseen: Rarely,

@@ -53,7 +53,7 @@ impl GroupTasks {
         true
     }
 
-    /// Whether a task for the group runs.
+    /// Returns true while a task for the group runs.
     pub fn is_busy(&self, group: GroupId) -> bool {
         self.busy.values().any(|busy| *busy == group)
     }

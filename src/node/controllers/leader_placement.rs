@@ -17,14 +17,14 @@ use crate::raft::Replica;
 use crate::types::{GroupId, LogId, ReplicaId};
 
 const TICK: Duration = Duration::from_secs(1);
-/// How long the home must have been in reach before it is given the lead: a node that comes and
-/// goes should not lead.
+/// Time for which the home must have been in reach before it is given the lead: a node that comes
+/// and goes should not lead.
 const STEADY_FOR: Duration = Duration::from_secs(3);
 /// After a transfer that failed, this shard is left alone for so long.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 /// A home that was last heard of longer ago than this is not in reach.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
-/// How long a home is waited for that is asked whether it could lead.
+/// Time that a home has to say whether it could lead.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -42,7 +42,7 @@ pub struct LeaderPlacement {
 #[derive(Debug, Clone, Copy)]
 struct Steady {
     since: Instant,
-    /// What was committed at the last look: by the next one the home has it on its disk.
+    /// The log id that was committed in the last round: by the next the home has it on its disk.
     committed: Option<LogId>,
 }
 

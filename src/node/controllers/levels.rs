@@ -33,13 +33,13 @@ const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Watches which levels the nodes speak.
 pub struct Levels {
     context: Arc<NodeContext>,
-    /// What this node speaks: it can raise the level no further.
+    /// The level that this program speaks: it can raise that of the cluster no further.
     speaks: u16,
     raise_after: Duration,
     heard: LevelReports,
 }
 
-/// What each node speaks, and since when it has said so without a gap.
+/// The level that each node speaks, and since when it has said so without a gap.
 #[derive(Debug, Default)]
 struct LevelReports(BTreeMap<NodeId, LevelReport>);
 

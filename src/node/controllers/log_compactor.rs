@@ -67,10 +67,10 @@ const HEARD_WITHIN: Duration = Duration::from_secs(10);
 pub struct LogCompactor {
     context: Arc<NodeContext>,
     log: Log,
-    /// What the log is to take.
+    /// Size that the log is kept to.
     log_bytes: u64,
     quiet: HashMap<ReplicaKey, Quiet>,
-    /// When it was last said that a witness keeps too much.
+    /// Time of the last warning that a witness keeps too much.
     complained: HashMap<ReplicaKey, Instant>,
     no_room: Rarely,
 }
@@ -224,7 +224,7 @@ async fn purge(group: &Replica, upto: u64, held: LogBacklog) {
     }
 }
 
-/// How much of the log a replica holds back, from the oldest entry that it needs to the end.
+/// Part of the log that a replica holds back, from the oldest entry that it needs to the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LogBacklog {
     Little,
@@ -244,7 +244,7 @@ impl LogBacklog {
     }
 }
 
-/// What to do for a replica.
+/// The next thing to do for a replica.
 #[derive(Debug, PartialEq, Eq)]
 enum CompactionStep {
     Nothing,
@@ -252,8 +252,8 @@ enum CompactionStep {
     Purge(u64),
 }
 
-/// How a replica comes to let go of old segments: it purges what its snapshot covers, or writes a
-/// snapshot that covers more. While others need what it has (`purgeable` is less than its
+/// Decides how a replica comes to let go of old segments: it purges what its snapshot covers, or
+/// writes a snapshot that covers more. While others need what it has (`purgeable` is less than its
 /// snapshot), another snapshot would not help.
 fn release_log(status: &RaftStatus, purgeable: Option<u64>) -> CompactionStep {
     match purgeable {
@@ -265,13 +265,13 @@ fn release_log(status: &RaftStatus, purgeable: Option<u64>) -> CompactionStep {
     }
 }
 
-/// Whether somebody is to be told, again, of so large a log of a witness. `last`: how long ago
+/// Returns true if so large a log of a witness is to be logged again. `last`: how long ago
 /// somebody was.
 fn is_to_be_told(bytes: u64, last: Option<Duration>) -> bool {
     bytes > WITNESS_LOG_BYTES_MAX && last.is_none_or(|ago| ago >= COMPLAIN_EVERY)
 }
 
-/// What a replica has on the disk, in bytes.
+/// Sizes of what a replica has on the disk, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 struct Weights {
     /// Log that no snapshot covers.
@@ -317,7 +317,7 @@ impl Weights {
     }
 }
 
-/// How long a replica has applied nothing.
+/// Measures for how long a replica has applied nothing.
 #[derive(Debug)]
 struct Quiet {
     applied: Option<LogId>,

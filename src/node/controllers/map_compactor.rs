@@ -15,7 +15,7 @@ use crate::storage::map::MapStore;
 
 /// Between two looks at how much the maps take.
 const TICK: Duration = Duration::from_secs(3);
-/// How much longer than a look the pause after it is: with many large values there are many files
+/// Ratio of a pause to the round before it: with many large values there are many files
 /// to look at.
 const PAUSE_FACTOR: u32 = 100;
 const PAUSE_MAX: Duration = Duration::from_secs(60);

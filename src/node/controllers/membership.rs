@@ -26,9 +26,9 @@ use crate::types::{Address, GroupId, NodeId, ReplicaId};
 const TICK: Duration = Duration::from_millis(100);
 /// Between two looks at a group that waits for something.
 const PAUSE: Duration = Duration::from_millis(250);
-/// How long one step may take.
+/// Time that one step may take.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a node is given to say which replicas it has.
+/// Time that a node has to say which replicas it has.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 /// A replica that could not be added is not tried again for so long while there are others.
 const REFUSED_FOR: Duration = Duration::from_millis(500);
@@ -84,7 +84,8 @@ impl MembershipController {
     }
 }
 
-/// Whether nothing is to be done, seen cheaply: idle groups are asked this ten times a second.
+/// Returns true if nothing is to be done, seen cheaply: idle groups are asked this ten times a
+/// second.
 fn is_as_wanted(of: &view::GroupSpec, group: &Replica) -> bool {
     let watch = group.watch();
     let watch = watch.borrow();

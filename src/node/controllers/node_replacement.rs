@@ -40,12 +40,12 @@ const CLAIM_SILENCE_MAX: Duration = Duration::from_secs(5);
 pub struct NodeReplacement {
     context: Arc<NodeContext>,
     replace_after: Duration,
-    /// How long another directory must answer in the place of a node before that node's disk passes
-    /// for lost.
+    /// Time for which another directory must answer in the place of a node before that node's disk
+    /// passes for lost.
     lost_disk_after: Duration,
-    /// How each node is seen, and since when.
+    /// Presence of each node, and since when it is so.
     seen: BTreeMap<NodeId, PresenceRecord>,
-    /// What nodes have told of replicas that have failed there.
+    /// Replicas that have failed, as their nodes tell.
     failed: FailedByNode,
 }
 
@@ -57,7 +57,7 @@ struct PresenceRecord {
     claim: Option<DirectoryClaim>,
 }
 
-/// What a node that is away was found to be when its address was asked.
+/// Result of asking the address of a node that is away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum AddressProbe {
     /// Nobody answered.
@@ -301,8 +301,8 @@ fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> 
     }
 }
 
-/// Whether a `VIEW` is one of this cluster: it names another node of it than the one whose address
-/// was asked. That of a cluster of one names nobody else.
+/// Returns true if a `VIEW` is one of this cluster: it names another node of it than the one whose
+/// address was asked. That of a cluster of one names nobody else.
 fn means_us(view: &View, asked: NodeId, named: &[Address]) -> bool {
     let mut others = view.staying().filter(|(id, _)| *id != asked).peekable();
     others.peek().is_none() || others.any(|(_, node)| named.contains(&node.address))

@@ -28,7 +28,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks for peers that can't connect to this node.
 const TICK: Duration = Duration::from_millis(100);
-/// How long a connection may take. One lost packet is not yet a closed way, so it is tried twice.
+/// Time that a connection may take. One lost packet is not yet a closed way, so it is tried twice.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 const ATTEMPTS: usize = 2;
 /// Peers looked for at once.
@@ -36,7 +36,7 @@ const ASKED_AT_ONCE: usize = 32;
 /// A peer that was last heard of longer ago is none to go on with.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
 const HAND_OVER_TIMEOUT: Duration = Duration::from_millis(150);
-/// How long it is waited for who leads now.
+/// Time that nodes have to say who leads now.
 const ASK_TIMEOUT: Duration = Duration::from_millis(300);
 const HANDED_OVER_AT_ONCE: usize = 16;
 

@@ -49,17 +49,17 @@ const TICK_BUSY: Duration = Duration::from_millis(50);
 const TICK_IDLE: Duration = Duration::from_millis(500);
 /// Entries of the meta group that come within this time are looked at together.
 const ENTRIES_TOGETHER: Duration = Duration::from_millis(10);
-/// How long a proposal of ours is waited for; it is made again by a later tick.
+/// Time that a proposal of ours has; a later tick makes it again.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long members other than the first leave initializing a group to it.
+/// Time for which members other than the first leave initializing a group to it.
 const INITIALIZE_AFTER: Duration = Duration::from_secs(3);
-/// How long a retired replica rests that could not be wiped.
+/// Pause before a retired replica that could not be wiped is tried again.
 const WIPE_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// Between two announcements of an address that the view does not take; doubled from the first to
 /// the last.
 const ANNOUNCE_PAUSE_MIN: Duration = Duration::from_millis(200);
 const ANNOUNCE_PAUSE_MAX: Duration = Duration::from_secs(2);
-/// How often the log repeats that an announcement is rejected.
+/// Interval at which the log repeats that an announcement is rejected.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// A node that was last heard of longer ago passes nothing on.
 const HEARD: Duration = Duration::from_secs(10);
@@ -73,19 +73,19 @@ pub struct Reconciler {
     /// The view that the founder drew up, for a meta group that has none yet.
     first_view: Box<View>,
     started: Instant,
-    /// What is known to be done: looked at again only after a change.
+    /// Steps that are known to be done: looked at again only after a change.
     done: Mutex<DoneSteps>,
     announcing: Mutex<Announcing>,
     condemned: CancellationToken,
     given_up: CancellationToken,
 }
 
-/// How it goes with telling the meta group where this node runs.
+/// State of telling the meta group where this node runs.
 #[derive(Default)]
 struct Announcing {
     last: Option<Instant>,
     pause: Duration,
-    /// How often it was rejected, and when that was told.
+    /// Number of rejections, and when the log last said so.
     rejected: u64,
     told: Option<Instant>,
 }
@@ -106,14 +106,14 @@ struct Wipes {
     failed: BTreeMap<ReplicaKey, Instant>,
 }
 
-/// What goes on beside the ticks.
+/// Work that goes on beside the ticks.
 #[derive(Default)]
 struct PendingTasks {
     wipes: Wipes,
     opener: ReplicaOpener,
 }
 
-/// Why this node should not be given requests yet.
+/// A reason why this node should not be given requests yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReadinessGap {
     /// A replica of it does not run.
@@ -179,7 +179,7 @@ impl Reconciler {
             .map_or(0, |applied| applied.index)
     }
 
-    /// Why this node should not be given requests yet; none: it is ready.
+    /// Returns the reason why this node should not be given requests yet; None if it is ready.
     pub fn unready(&self) -> Option<ReadinessGap> {
         let view = self.context.view();
         let done = self.done.lock();
@@ -212,7 +212,8 @@ impl Reconciler {
         lack.map(ReadinessGap::Late)
     }
 
-    /// Why what is asked for a group can't be passed to its leader, though that is heard of.
+    /// Returns the reason why requests for a group can't be passed to its leader, though that is
+    /// heard of.
     fn out_of_reach(&self, group: &Replica) -> Option<String> {
         let status = group.status();
         let registry = &self.context.registry;

@@ -19,7 +19,7 @@ use crate::sm::cluster::view::{self, View};
 use crate::sm::recovery::FailureCause;
 use crate::storage::ReplicaKey;
 
-/// How long a replica that has failed may take to end, before it is opened again.
+/// Time that a replica that has failed may take to end, before it is opened again.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Opens replicas.
@@ -72,7 +72,7 @@ impl OpenAs {
     }
 }
 
-/// How a replica of this node is found.
+/// State in which a replica of this node is found.
 enum ReplicaPresence {
     Runs,
     /// It is open, and applies nothing more.

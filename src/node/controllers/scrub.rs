@@ -34,18 +34,18 @@ const TICK_MAX: Duration = Duration::from_secs(1);
 /// Bytes between two rests, and how long a rest is at most before a stop is looked for.
 const SLICE_BYTES: u64 = 64 << 10;
 const REST_MAX: Duration = Duration::from_millis(50);
-/// How often, and with what pause, a damaged segment is waited for to go.
+/// Number of looks, and the pause between them, for a damaged segment to be gone.
 const LET_GO_TRIES: u32 = 20;
 const LET_GO_PAUSE: Duration = Duration::from_millis(500);
-/// How often, and with what pause, a replica is looked at that is to be opened again: its tree is
+/// Number of looks, and the pause between them, for a replica to be opened again: its tree is
 /// filled anew, which takes time with its size.
 const REBUILT_LOOKS: u32 = 1800;
 const REBUILT_PAUSE: Duration = Duration::from_millis(500);
 
-/// What of one scrub is told word for word: a disk that fails damages thousands of things.
+/// Damages of one scrub that are told one by one: a disk that fails damages thousands of things.
 const DAMAGES_TOLD_MAX: usize = 100;
 
-/// What scrubs have found since the start, and how the last one gets on.
+/// Counts of all scrubs since the start, and the progress of the last one.
 #[derive(Debug, Default)]
 pub struct Scrubs {
     ledger: Mutex<ScrubLedger>,
@@ -61,7 +61,7 @@ struct ScrubLedger {
     is_asked: bool,
 }
 
-/// How the last scrub gets on that was begun.
+/// Progress of the last scrub that was begun.
 #[derive(Debug, Default)]
 struct ScrubProgress {
     /// Zero before the first.

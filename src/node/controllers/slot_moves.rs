@@ -46,12 +46,12 @@ const BYTES_PER_MOVE: u64 = 8 << 20;
 const CHUNK_BYTES: usize = 128 << 10;
 /// With so little left to copy the slots are frozen: what one chunk carries in a few milliseconds.
 const FREEZE_BYTES_MAX: u64 = 64 << 10;
-/// When nothing but changes has been copied for so long, the slots are frozen with a little more
+/// Time after which slots whose changes alone are copied are frozen with a little more
 /// left.
 const FREEZE_NOW_AFTER: Duration = Duration::from_secs(20);
 /// A freeze is given up after this: writes have waited.
 const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
-/// How long a step may take; it is looked at again then.
+/// Time that a step may take; it is looked at again then.
 const STEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Between two looks while there is something to wait for.
 const WAIT: Duration = Duration::from_millis(25);
@@ -168,7 +168,7 @@ impl SlotMoveController {
     }
 }
 
-/// What keeps a driver from going on for now.
+/// A reason why a driver can't go on for now.
 enum StepError {
     /// This replica does not lead any more, or has stopped.
     NotLeader,
@@ -192,13 +192,13 @@ impl From<ProposeError> for StepError {
     }
 }
 
-/// What a driver remembers between two steps; losing it costs time, nothing else.
+/// State of a driver between two steps; losing it costs time, nothing else.
 struct DriveState {
     /// Since when only changes are left to copy.
     catching_up: Option<Instant>,
     /// Since when nobody serves writes to the slots.
     frozen: Option<Instant>,
-    /// What the destination answered just now.
+    /// The last answer of the destination.
     destination: Option<DestinationState>,
 }
 
@@ -555,7 +555,7 @@ impl MoveDriver {
         Ok(is_news)
     }
 
-    /// What the destination says that it has of the move.
+    /// Asks the destination what it has of the move.
     async fn observe(&self, of: &Move) -> Option<DestinationState> {
         match self
             .call(

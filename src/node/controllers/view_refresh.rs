@@ -35,7 +35,7 @@ const ELSEWHERE_MAX: usize = ASKED_MAX / 2;
 /// Asks around when the meta group is silent.
 pub struct StaleViewRefresh {
     context: Arc<NodeContext>,
-    /// Where else to ask: members that retired nodes told of.
+    /// Addresses to ask besides: members that retired nodes told of.
     elsewhere: Mutex<BTreeSet<Address>>,
     /// The view that does not have this node.
     without_us: Mutex<Option<Box<View>>>,
@@ -163,8 +163,8 @@ impl StaleViewRefresh {
     }
 }
 
-/// Whom to ask: all that was told of elsewhere, and of the others as many as there is room for.
-/// Which of many does not matter, but it should not be the same ones for ever.
+/// Chooses the addresses to ask: all that were told of elsewhere, and of the others as many as
+/// there is room for. Which of many does not matter, but it should not be the same ones for ever.
 fn choose(elsewhere: BTreeSet<Address>, mut others: Vec<Address>) -> Vec<Address> {
     others.retain(|address| !elsewhere.contains(address));
     let room = ASKED_MAX.saturating_sub(elsewhere.len());

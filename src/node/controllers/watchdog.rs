@@ -36,19 +36,19 @@ const TICK: Duration = Duration::from_millis(250);
 const TICK_MAX: Duration = Duration::from_secs(1);
 /// The controllers are looked at once in so many ticks.
 const CONTROLLERS_EVERY: u64 = 40;
-/// How long a controller may take for one round, most of which ask other nodes.
+/// Time that a controller may take for one round, most of which ask other nodes.
 const ROUND_MAX_MS: u64 = 2 * 60_000;
 /// Those that read or write whole maps in one.
 const SLOW_CONTROLLERS: [&str; 3] = ["compactor", "janitor", "reconciler"];
 const SLOW_ROUND_MAX_MS: u64 = 60 * 60_000;
 /// Between two times that the same is told.
 const TELL_EVERY: Duration = Duration::from_secs(60);
-/// What leaderships may take to be handed over before the process ends.
+/// Time that leaderships may take to be handed over before the process ends.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often the thread looks whether tasks run.
+/// Interval at which the thread looks whether tasks run.
 const RUNTIME_LOOK: Duration = Duration::from_secs(1);
 
-/// What was found, for those who tell it.
+/// The findings, for metrics and readiness.
 #[derive(Debug, Default)]
 pub struct Findings {
     stalled: Mutex<Option<String>>,
@@ -98,7 +98,7 @@ pub struct Watchdog {
     step_downs: StepDowns,
     stepping_down: JoinSet<()>,
     told: BTreeMap<&'static str, Instant>,
-    /// Why the process ends next.
+    /// The reason why the process ends next.
     ending: Option<ProcessEnd>,
 }
 
@@ -343,7 +343,7 @@ impl Watchdog {
     }
 }
 
-/// What the thread that watches whether tasks run looks at.
+/// Activity that the thread watches which sees whether tasks run.
 struct RuntimeActivity {
     /// Counts what one of the tasks does.
     tasks: Beat,

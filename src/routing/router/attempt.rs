@@ -11,7 +11,7 @@ use crate::api::shard_map::ShardMap;
 use crate::api::store::{Failure, Options, Routing};
 use crate::types::{GroupId, Slot};
 
-/// How far the attempts at one request (or at one shard's part of it) have come.
+/// State of the attempts at one request (or at one shard's part of it).
 #[derive(Debug, Clone)]
 pub(super) struct RetryState {
     options: Options,
@@ -19,7 +19,7 @@ pub(super) struct RetryState {
     /// Doing it twice does no harm: a read, or a write with an idempotency key.
     repeatable: bool,
     single_key: bool,
-    /// What its shards are to do.
+    /// Access that it needs of its shards.
     want: AwaitedAccess,
     attempts: u32,
     /// An earlier attempt ended unknown.
@@ -29,14 +29,14 @@ pub(super) struct RetryState {
 /// An attempt that may be followed by another.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Retry {
-    /// What to tell the caller if there is no time for another.
+    /// Failure that the caller is told if there is no time for another attempt.
     pub failure: Failure,
     /// Look for a newer map first.
     pub refresh: bool,
     /// The map was wrong: with a newer one there is nothing to wait for.
     pub map_is_old: bool,
     pub maybe_done: bool,
-    /// Who the shard said it gave the slot to.
+    /// The shard that the slot was given to, as the last shard said.
     pub hint: Option<(Slot, GroupId)>,
     /// The shard that did not answer: who waits for it waits for its leader.
     pub leader_of: Option<GroupId>,
@@ -203,8 +203,8 @@ impl RetryState {
         }
     }
 
-    /// What to tell the caller in the end: no attempt's failure unsays that an earlier one may have
-    /// happened.
+    /// Returns what the caller is told in the end: no attempt's failure unsays that an earlier one
+    /// may have happened.
     pub fn final_failure(&self, failure: Failure) -> Failure {
         match failure {
             Failure::Unknown { .. } => failure,
@@ -215,7 +215,7 @@ impl RetryState {
         }
     }
 
-    /// How many attempts failed so far.
+    /// Returns the number of attempts that have failed.
     pub fn attempts(&self) -> u32 {
         self.attempts
     }
@@ -230,7 +230,7 @@ impl RetryState {
         self.maybe_done
     }
 
-    /// How long to wait before the next attempt: doubling, with half of it random, so that those
+    /// Returns the pause before the next attempt: doubling, with half of it random, so that those
     /// who failed together don't come back together.
     pub fn next_pause(&mut self, maybe_done: bool, random: u64) -> Duration {
         let pause = pause_after(self.attempts, random);

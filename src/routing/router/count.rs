@@ -34,7 +34,7 @@ impl<A: ShardAccess> Router<A> {
         }
     }
 
-    /// What is on its way to or from the shard may be left out, for as long as it moves.
+    /// Counts one shard. Slots on their way to or from it may be left out for as long as they move.
     pub(super) async fn count_one(&self, shard: GroupId, options: Options) -> Result<u64, Failure> {
         let mut retry_state = RetryState::new(options).repeatable();
         loop {

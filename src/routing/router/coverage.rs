@@ -19,7 +19,7 @@ impl Coverage {
         self.words[slot.index() / 64] & (1 << (slot.index() % 64)) != 0
     }
 
-    /// Whether it was not in it before.
+    /// Returns true if it was not in it before.
     pub fn insert(&mut self, slot: Slot) -> bool {
         let fresh = !self.contains(slot);
         self.words[slot.index() / 64] |= 1 << (slot.index() % 64);

@@ -30,7 +30,7 @@ struct KeysPart {
     places: Vec<usize>,
 }
 
-/// What is known of each key of the caller's list; none: nothing yet.
+/// The record of each key of the caller's list, as far as it has been read.
 type FoundRecords = Vec<Option<Option<Record>>>;
 
 impl<A: ShardAccess> Router<A> {

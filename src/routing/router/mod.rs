@@ -55,7 +55,7 @@ const ATTEMPT_MIN: Duration = Duration::from_millis(5);
 /// Every so many attempts a newer map is waited for in earnest.
 const PATIENT_EVERY: u32 = 8;
 
-/// How a router reaches shards. Write the futures as `async fn`.
+/// Reaches shards for a router. Write the futures as `async fn`.
 pub trait ShardAccess: Send + Sync + 'static {
     /// The newest map that is known.
     fn map(&self) -> Option<Arc<ShardMap>>;

@@ -19,7 +19,7 @@ use crate::types::GroupId;
 /// Those who go on together are spread by so much each, at random: the leader has just begun.
 const SPREAD_EACH: Duration = Duration::from_micros(10);
 
-/// What a shard is waited for to do. One whose disk is full may read, and not write.
+/// Access to a shard that requests wait for. One whose disk is full may read, and not write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum AwaitedAccess {
     Read,
@@ -30,7 +30,7 @@ pub(super) enum AwaitedAccess {
 #[derive(Debug, Default)]
 pub(super) struct LeaderQueues {
     shards: Mutex<HashMap<(GroupId, AwaitedAccess), Arc<LeaderQueue>>>,
-    /// How many wait, for whichever shard.
+    /// Number of requests that wait, for whichever shard.
     waiting: AtomicUsize,
 }
 
@@ -46,9 +46,9 @@ pub(super) struct LeaderQueue {
 #[derive(Debug)]
 struct QueueState {
     waiting: usize,
-    /// How many attempts were made since the shard was last heard of.
+    /// Number of attempts since the shard was last heard of.
     attempts: u32,
-    /// When the next may be made.
+    /// Time at which the next may be made.
     next: Instant,
 }
 

@@ -149,7 +149,7 @@ impl<A: ShardAccess> Router<A> {
     }
 }
 
-/// What is asked of every shard in one round.
+/// Plan of one round: what every shard is asked for.
 struct RoundPlan {
     range: ScanRange,
     reverse: bool,
@@ -240,7 +240,7 @@ impl Round {
         );
     }
 
-    /// What is complete, in order.
+    /// Items that are complete, in order.
     fn take(mut self, reverse: bool) -> Complete {
         // Stable: the pages are sorted runs, which it merges.
         self.items.sort_by(|a, b| {
@@ -273,7 +273,7 @@ struct Complete {
 }
 
 impl Complete {
-    /// What is left of the range after it.
+    /// Rest of the range after them.
     fn rest(&self, plan: &RoundPlan) -> Option<ScanRange> {
         let bound = self.bound.as_ref()?;
         let rest = match plan.reverse {

@@ -17,7 +17,7 @@ use crate::sm::kv::{Action, Condition, Media, Operation, Write, WriteOutcome, Wr
 use crate::sm::slots::slot_of;
 use crate::types::{GroupId, KEY_BYTES_MAX, Slot};
 
-/// What one shard is given in one write: it becomes one entry of its log.
+/// Operations of one shard in one write: they become one entry of its log.
 pub const SHARD_OPERATIONS_MAX: usize = 10_000;
 /// The largest value, under the longest key, and something for media types and conditions.
 pub const SHARD_BYTES_MAX: usize = (8 << 20) + KEY_BYTES_MAX + (64 << 10);
@@ -26,11 +26,11 @@ pub const SHARD_BYTES_MAX: usize = (8 << 20) + KEY_BYTES_MAX + (64 << 10);
 #[derive(Debug)]
 struct WritePart {
     operations: Vec<Operation>,
-    /// Where each is in the caller's list.
+    /// Position of each in the caller's list.
     positions: Vec<usize>,
     retry_state: RetryState,
-    /// Who the last shard asked said it gave a slot to. Believed where the map says nothing newer;
-    /// the shard named checks it itself.
+    /// The shard that a slot was given to, as the last shard said. Believed where the map says
+    /// nothing newer; the shard named checks it itself.
     hint: Option<OwnerHint>,
 }
 
@@ -42,11 +42,11 @@ struct OwnerHint {
     instead_of: GroupId,
 }
 
-/// How far an attempt brought a part.
+/// Progress of a part by one attempt.
 struct Progress {
     /// With positions in the caller's list.
     answered: Vec<(usize, Written)>,
-    /// What is to be routed anew; the pause is over.
+    /// Rest that is to be routed anew; the pause is over.
     left: Option<WritePart>,
 }
 
@@ -219,7 +219,7 @@ impl WritePart {
         }
     }
 
-    /// What is answered, and the part of what is not.
+    /// Splits into the answers, and the part that has none.
     fn divide(self, answers: Vec<Option<Written>>) -> (Vec<(usize, Written)>, WritePart) {
         let mut left = WritePart {
             operations: Vec::new(),
@@ -242,8 +242,8 @@ impl WritePart {
     }
 }
 
-/// What a reply says of each operation of a part, and whether those without an answer may be tried
-/// again.
+/// Reads what a reply says of each operation of a part, and whether those without an answer may be
+/// tried again.
 struct PartVerdict {
     answers: Vec<Option<Written>>,
     /// Present if and only if an answer is missing.
