@@ -1,4 +1,4 @@
-//! What the layers say to each other: the [`Store`](store::Store) that HTTP stands on, its values
+//! The words between the layers: the [`Store`](store::Store) that HTTP stands on, its values
 //! and failures, the shard map, the status, and the messages between nodes.
 //!
 //! Types and their formats alone: nothing here opens a connection. `routing` carries requests,

@@ -1,4 +1,4 @@
-//! What goes over the wire between a client, a gateway or a node and the node that leads a shard,
+//! The messages between a client, a gateway or a node and the node that leads a shard,
 //! apart from the native dialect.
 //!
 //! [`ShardRequest`] and [`ShardReply`] travel as postcard behind the format byte of `sm::codec`, in

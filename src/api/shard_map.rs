@@ -1,4 +1,4 @@
-//! What a router knows of the cluster: which shard owns each slot, and where the replicas of each
+//! [`ShardMap`], which a router goes by: which shard owns each slot, and where the replicas of each
 //! shard are.
 //!
 //! An immutable value, made from the view (on a node) or from `GET /v1/cluster` (elsewhere), and

@@ -1,5 +1,5 @@
-//! What an operator asks to be changed about the view, what it would take, and how it gets on: the
-//! JSON of `PUT /v1/cluster/view` and `GET /v1/cluster/operations/<id>`.
+//! A change of the view that an operator asks for, the plan of it, and its progress: the JSON of
+//! `PUT /v1/cluster/view` and `GET /v1/cluster/operations/<id>`.
 
 use std::collections::BTreeSet;
 

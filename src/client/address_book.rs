@@ -1,5 +1,5 @@
-//! Which nodes a remote client asks for the map, in what order, and by which of their two
-//! addresses.
+//! [`AddressBook`]: the nodes that a remote client asks for the map, in which order, and by which
+//! of their two addresses.
 //!
 //! Every look at the cluster begins with another node, so that none whose map stands still (it is
 //! cut off, or was removed and has not heard of it) is believed for long; one that did not answer a

@@ -1,4 +1,4 @@
-//! What a gateway knows of how its cluster is.
+//! [`GatewayReadiness`]: says whether a gateway should be given requests.
 //!
 //! [`GatewayReadiness::run`] looks at the cluster every so often: it asks a member for the status
 //! (each time another, which keeps the map and the list of members fresh, so that a gateway

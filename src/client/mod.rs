@@ -1,4 +1,4 @@
-//! What a program outside of the cluster uses: the typed client ([`remote`]), the client of the
+//! For programs outside of the cluster: the typed client ([`remote`]), the client of the
 //! native dialect ([`native`]), and what gateways and health checks ask.
 
 mod address_book;

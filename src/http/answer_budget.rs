@@ -1,6 +1,6 @@
 //! Charges answers to the budget of the node, until the socket has taken them.
 //!
-//! A value is charged when it is read (`node::local_shards`, `client::call`). What is made of it,
+//! A value is charged when it is read (`node::local_shards`, `routing::call`). What is made of it,
 //! as JSON, is larger and has a life of its own: it is charged here when the answer is whole, in
 //! the same step in which it was made, so that no more of them are uncharged at once than there are
 //! threads. Answers that are streamed are charged piece by piece (`dialects::pieces`).

@@ -1,5 +1,5 @@
-//! How a node with a data directory comes to belong to a cluster: it goes on from its data, founds,
-//! adopts, or waits as a spare.
+//! Decides how a node with a data directory comes to belong to a cluster: it goes on from its data,
+//! founds, adopts, or waits as a spare.
 //!
 //! Decisions only: [`next_step`] says what to do after the nodes of the `VIEW` were asked who they
 //! are, and [`answer_promise`] what to say to a node that wants to found. `node::join` performs

@@ -1,4 +1,4 @@
-//! What a node counts of its groups and of their peers, in a number of series that does not grow
+//! Counts the groups of a node and their peers, in a number of series that does not grow
 //! with the number of shards.
 //!
 //! A thousand shards with a series each for everything would be a page of half a mebibyte at every

@@ -408,6 +408,9 @@ impl Joining {
             let waiting = match step {
                 BootstrapStep::Start => return Ok(Some(self.as_stamped())),
                 BootstrapStep::Adopt { view, node } => {
+                    // To run as a node whose directory is another would double that node.
+                    let adopted = view.nodes.get(&node).map(|node| node.directory);
+                    assert_eq!(adopted, Some(self.directory_id), "node {node} is adopted");
                     self.waiting.send_replace(None);
                     return Ok(Some(Joined { node, view }));
                 }

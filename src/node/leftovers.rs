@@ -1,5 +1,4 @@
-//! Whose data a directory holds, and what becomes of that of another cluster, or of an earlier life
-//! in this one.
+//! Clears a directory of the data of another cluster, or of an earlier life in this one.
 //!
 //! A node that was retired stamps its directory, forgets its replicas and waits as a spare. It may
 //! be killed between the two, and it may join another cluster, whose groups and replicas have the

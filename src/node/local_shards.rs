@@ -1,5 +1,5 @@
-//! How a node reaches shards: it answers for those that it leads (or, for stale reads, has a
-//! replica of), and forwards the rest.
+//! [`LocalShards`]: answers for the shards that this node leads (or, for stale reads, has a replica
+//! of), and forwards the rest.
 //!
 //! [`LocalShards`] is the [`ShardAccess`] under a node's router; [`LocalShards::answer`] also
 //! answers `POST /peer/shard`. The invariant: a linearizable read looks at the map only after a
@@ -1046,6 +1046,13 @@ fn read_runs(
             Err(reply) => return reply,
         }
     }
+    // The router takes record for key, in order.
+    assert!(
+        records.len() <= keys.len(),
+        "{} records of {} keys",
+        records.len(),
+        keys.len()
+    );
     ShardReply::GotMany(records).held(share)
 }
 

@@ -1,4 +1,5 @@
-//! What a node counts, as families of samples; how they look on a page is the business of `http`.
+//! Counts everything of a node, as families of samples; how they look on a page is the business of
+//! `http`.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! What runs: how a node comes to belong to a cluster, makes its groups match the view, and answers
-//! for the shards that it leads.
+//! A node: it comes to belong to a cluster, makes its groups match the view, and answers for the
+//! shards that it leads.
 //!
 //! [`Node::open`] locks the data directory, so that the node can say who it is. [`Node::run`] then
 //! joins (`join`, decided by `bootstrap`), opens log, maps and replicas (`running_node`), and

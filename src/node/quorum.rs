@@ -1,4 +1,4 @@
-//! What a group lacks when it has no leader or no quorum: which of its voters this node hears
+//! Names what a group lacks that has no leader or no quorum: the voters that this node hears
 //! nothing of.
 //!
 //! For people, in the texts of failures: that "the meta group has no leader" helps nobody who does

@@ -331,6 +331,11 @@ impl CallRoom {
         }
 
         state.used += 1;
+        assert!(
+            state.used <= self.calls,
+            "{} calls at once: log and maps would lack descriptors",
+            state.used
+        );
         match state.addresses.get_mut(address) {
             Some(room) => room.used += 1,
             None => {

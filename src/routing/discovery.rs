@@ -1,5 +1,5 @@
-//! What a remote client asks a single node about the cluster: its status, whether it lives, who
-//! took its place.
+//! Discovery: asks a single node for the status of the cluster, whether it lives, and who took its
+//! place.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Whom a client is told to ask about a shard: its home, or, while that does not answer, the node
-//! that leads instead.
+//! [`HomeProbe`]: names the node that a client is to ask about a shard: its home, or, while that
+//! does not answer, the node that leads instead.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;

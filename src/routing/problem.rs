@@ -1,5 +1,5 @@
-//! What an error answer of a server means: RFC 9457 problems of the native dialect, and whatever
-//! else stands in front of one.
+//! Reads the error answers of servers: RFC 9457 problems of the native dialect, and whatever a
+//! proxy in front of one says.
 //!
 //! Invariant: that nothing was done is believed of a node alone, which says so in a problem of its
 //! own. A proxy between that gave up waiting (408, 429, 503) does not know what the node did with

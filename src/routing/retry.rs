@@ -1,5 +1,5 @@
-//! Which requests are sent again, and which failure is told in the end. One rule for every client
-//! here.
+//! Decides which requests are sent again, and which failure the caller is given in the end. One
+//! rule for every client here.
 //!
 //! A request that changes nothing is tried at server after server until the time is up: that one of
 //! them broke the connection says nothing about the others, and leaves nothing open. The same goes
@@ -48,10 +48,12 @@ impl Effect {
     /// Returns how long one server is waited for when so much time is left. It has all of that only
     /// if no other will be asked.
     pub fn attempt_timeout(self, left: Duration) -> Duration {
-        match self {
+        let timeout = match self {
             Effect::Once => left,
             Effect::Safe | Effect::Idempotent => left.min((left / 2).max(ATTEMPT_TIMEOUT_MIN)),
-        }
+        };
+        assert!(timeout <= left, "an attempt ends before its request does");
+        timeout
     }
 
     /// Returns the failure as it is told: nothing was done by what changes nothing.

@@ -1,8 +1,8 @@
 //! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`,
 //! `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`,
 //! `POST /peer/announce`, `POST /peer/invite`, `POST /peer/greet`, `POST /peer/hold`,
-//! `POST /peer/failures`, `POST /peer/disk`. The messages are those of `client::peer` and
-//! `client::protocol`.
+//! `POST /peer/failures`, `POST /peer/disk`. The messages are those of `api::peer` and
+//! `api::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing
 //! of HTTP. A lane is one request whose body and answer both stream for as long as it lives, frame

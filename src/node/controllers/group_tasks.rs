@@ -58,7 +58,12 @@ impl GroupTasks {
         self.busy.values().any(|busy| *busy == group)
     }
 
+    /// Starts the task of a group that has none.
     pub fn begin(&mut self, group: GroupId, task: impl Future<Output = ()> + Send + 'static) {
+        assert!(
+            !self.is_busy(group),
+            "group {group} has a task: two would take steps side by side"
+        );
         let id = self.running.spawn(task).id();
         self.busy.insert(id, group);
     }

@@ -110,6 +110,13 @@ impl LeaderPlacement {
 
     async fn transfer(&mut self, group: &Replica, replica: ReplicaId) {
         let id = group.key().group;
+        assert!(!id.is_meta(), "the meta group has no home");
+        assert_ne!(
+            replica,
+            group.key().replica,
+            "shard {id} is at home here already"
+        );
+
         self.steady.remove(&id);
         let home = group.status().membership.node_of(replica);
         if let Some(home) = home

@@ -203,7 +203,12 @@ impl<T> Default for ReplicaTasks<T> {
 }
 
 impl<T: Send + 'static> ReplicaTasks<T> {
+    /// Starts the task of a replica that has none.
     pub fn begin(&mut self, key: ReplicaKey, task: impl Future<Output = T> + Send + 'static) {
+        assert!(
+            !self.has(key),
+            "replica {key} has a task: it is opened or wiped once at a time"
+        );
         let id = self.tasks.spawn(task).id();
         self.keys.insert(id, key);
     }

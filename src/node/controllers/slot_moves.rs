@@ -229,6 +229,13 @@ impl MoveDriver {
             Ok(None) => return,
             Err(error) => return tell_unreadable(group, &error),
         };
+        assert_ne!(from, to, "a move from a shard to itself would never end");
+        assert!(
+            (1..=SLOTS_PER_MOVE).contains(&slots.len()),
+            "a move takes between 1 and {SLOTS_PER_MOVE} slots along, not {}",
+            slots.len()
+        );
+
         match self
             .context
             .tell_meta(

@@ -1,6 +1,6 @@
-//! What a node hears of its cluster when its own replica of the meta group hears nothing any more:
-//! that the others were replaced while it was away, that its replica was, or that it was taken out
-//! of the view itself.
+//! [`StaleViewRefresh`]: asks other nodes for a newer view when this node's own replica of the meta
+//! group hears nothing any more. The others may have been replaced while it was away, its replica
+//! may have been, or the node may have been taken out of the view itself.
 //!
 //! Only silence makes it ask. What it believes is a view of its own cluster that is newer than its
 //! own: views are told only when they are committed. A node that such a view does not have is

@@ -1,5 +1,5 @@
-//! What an attempt calls for: to give its failure to the caller, or to try again. Decided here,
-//! done in the router.
+//! Decides what a failed attempt calls for: its failure goes to the caller, or it is tried again.
+//! The router does it.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Which slots have been answered for.
+//! [`Coverage`]: the slots that have been answered for.
 
 use crate::types::{SLOTS, Slot};
 

@@ -41,6 +41,7 @@ impl<A: ShardAccess> Router<A> {
         let mut items: Vec<Item> = Vec::new();
         let mut bytes = 0;
         while let Some(asked) = range.take().filter(|range| !is_empty(range)) {
+            assert!(items.len() < limit, "a full page asks for no more");
             let plan = RoundPlan {
                 range: asked,
                 reverse: request.reverse,

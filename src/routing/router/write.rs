@@ -180,6 +180,8 @@ impl<A: ShardAccess> Router<A> {
             let reply = self.call(shard, ShardBody::Write(write), options).await;
             read_reply(reply, shard, &part)
         };
+        verdict.check(&part);
+
         let (mut answered, mut left) = part.divide(verdict.answers);
         let Some(retry) = verdict.retry else {
             return Progress {
@@ -251,6 +253,17 @@ struct PartVerdict {
 }
 
 impl PartVerdict {
+    /// Asserts that there is a place for an answer to each operation, and a retry if and only if
+    /// one is missing: no operation is done twice, and none is forgotten.
+    fn check(&self, part: &WritePart) {
+        assert_eq!(self.answers.len(), part.operations.len());
+        assert_eq!(
+            self.answers.iter().any(Option::is_none),
+            self.retry.is_some(),
+            "an operation without an answer is tried again, and no other"
+        );
+    }
+
     fn retry(retry: Retry, part: &WritePart) -> Self {
         Self {
             answers: vec![None; part.operations.len()],
@@ -364,6 +377,11 @@ fn judge_rejection(
 
 /// By owner, each in the order of the caller's list.
 fn split(whole: WritePart, map: Option<&ShardMap>) -> Vec<(GroupId, WritePart)> {
+    assert_eq!(
+        whole.operations.len(),
+        whole.positions.len(),
+        "each operation has its position in the caller's list"
+    );
     let mut parts: BTreeMap<GroupId, WritePart> = BTreeMap::new();
     let owners: Vec<GroupId> = whole
         .operations
