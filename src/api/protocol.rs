@@ -239,7 +239,7 @@ pub struct NodeStatus {
     pub reachable: bool,
     /// On its way out: it goes when the last of its replicas is retired.
     pub leaving: bool,
-    /// The level that its program knows; none: it did not say.
+    /// The level that its program knows; None if it did not say.
     #[serde(default)]
     pub speaks: Option<u16>,
     /// As long as one node holds it, the cluster's level is not raised.

@@ -192,7 +192,7 @@ impl NativeClient {
         read_json(&checked(self.exchange(exchange).await?)?)
     }
 
-    /// None: there was no such key.
+    /// Returns None if there was no such key.
     ///
     /// # Errors
     ///

@@ -204,11 +204,14 @@ impl HttpAccess {
             timeout_ms: 0,
             body,
         };
+
+        // The likeliest leader first. Whoever is named by an answer goes before the others.
         let mut next = self.attempts(shard, map);
         let mut asked: Vec<(Address, Hop)> = Vec::new();
         // To those no connection could be made.
         let mut closed: Vec<Address> = Vec::new();
         let mut last = unavailable(format!("no node of shard {shard:#} is known"));
+
         while let Some((address, hop)) = next.pop_front() {
             if asked.contains(&(address.clone(), hop)) {
                 continue;
@@ -217,9 +220,12 @@ impl HttpAccess {
             if left.is_zero() || asked.len() >= HOPS_MAX {
                 break;
             }
+
+            // With less than all of the time, so that another can be asked.
             let timeout = effect.attempt_timeout(left);
             request.timeout_ms = time_to_answer_ms(timeout);
             asked.push((address.clone(), hop));
+
             last = match self.caller.call_by(hop, &address, &request, timeout).await {
                 Ok(ShardReply::Failed(Failure::Elsewhere {
                     shard: at,
@@ -270,6 +276,8 @@ impl HttpAccess {
                 }
             };
         }
+
+        // The caller asked for the answer, not for an address.
         ShardReply::Failed(match last {
             Failure::Elsewhere { shard, address } => unavailable(format!(
                 "shard {shard:#} is changing its leader, perhaps to {address}"

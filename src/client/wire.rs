@@ -76,7 +76,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// The request may have been taken up all the same.
+    /// The request may have been taken up nevertheless.
     pub async fn send(
         &mut self,
         request: Request<Full<Bytes>>,

@@ -135,7 +135,8 @@ impl Views {
         }
     }
 
-    /// A directory has shown that it runs at this address. True: the view says another, or none.
+    /// Notes that a directory runs at this address, as it has shown. Returns true if the view says
+    /// another, or none.
     pub fn found_at(&self, directory: DirectoryId, address: &Address) -> bool {
         let view = self.view();
         let Some(node) = view.nodes.values().find(|node| node.directory == directory) else {
@@ -219,7 +220,7 @@ impl Views {
         self.ended.lock().get(&plan).copied()
     }
 
-    /// Takes a view that is newer than the one known. True: it was.
+    /// Takes a view if it is newer than the one known. Returns true if it was.
     pub fn advance(&self, view: View) -> bool {
         let view = Arc::new(view);
         self.view.send_if_modified(|known| {
@@ -321,8 +322,8 @@ impl NodeContext {
             .is_some_and(|at| at.elapsed() < time)
     }
 
-    /// Asks another node whether its disk has room for writes. None: it did not answer. Programs
-    /// that do not say are taken to have some.
+    /// Asks another node whether its disk has room for writes. Returns None if it did not answer.
+    /// Programs that do not say are taken to have some.
     pub async fn has_room(&self, node: NodeId, timeout: Duration) -> Option<bool> {
         let place = self.view().nodes.get(&node).cloned()?;
         let hosting = self.peers.hosting(&place, timeout).await.ok()?;
@@ -330,7 +331,7 @@ impl NodeContext {
     }
 
     /// Asks another node whether it could lead a shard by that replica: the replica runs, the disk
-    /// has room, and the node is not stopping. None: it did not answer.
+    /// has room, and the node is not stopping. Returns None if it did not answer.
     pub async fn could_lead(
         &self,
         node: NodeId,
@@ -359,7 +360,7 @@ impl NodeContext {
     }
 
     /// Waits until the view that is known here says that the change of this plan is over, for at
-    /// most so long. True: it does.
+    /// most so long. Returns true if it does.
     pub async fn hears_of_end(&self, id: PlanEpoch, at_most: Duration) -> bool {
         let mut views = self.views.subscribe();
         let is_over = |view: &Arc<View>| view.epoch > id || (view.epoch == id && view.is_settled());
@@ -378,7 +379,7 @@ impl NodeContext {
             .filter(|group| group.key().replica == stays)
     }
 
-    /// Refuses what comes from a node of another cluster, at an address that was somebody else's.
+    /// Refuses what comes from a node of another cluster, at an address that has changed hands.
     pub fn ensure_ours(&self, cluster: ClusterId) -> Result<(), Failure> {
         if cluster == self.cluster {
             return Ok(());
@@ -871,6 +872,7 @@ fn describe_shard(
         let is_it = |failed: &FailedReplica| failed.group == id && failed.replica == replica;
         hosting.is_some_and(|hosting| hosting.failed.iter().any(is_it))
     };
+
     let with_told = |(replica, node)| (replica, node, told(replica, node));
     let is_witness = |replica: ReplicaId, hosted: Option<&HostedReplica>| {
         group.is_witness(replica) || hosted.is_some_and(|hosted| hosted.is_witness)
@@ -889,6 +891,8 @@ fn describe_shard(
                 .map(|hosted| (*node, hosted))
         })
         .max_by_key(|(_, hosted)| hosted.term);
+
+    // Without a leader the replica counts that has applied most.
     let newest = leading.map(|(_, hosted)| hosted).or_else(|| {
         all.iter()
             .filter_map(|(_, _, hosted)| *hosted)
@@ -898,6 +902,7 @@ fn describe_shard(
     let applied_index = newest
         .and_then(|hosted| hosted.applied)
         .map_or(0, |applied| applied.index);
+
     let describe =
         |replica: ReplicaId, node: NodeId, hosted: Option<&HostedReplica>| ReplicaStatus {
             id: replica,
@@ -909,12 +914,14 @@ fn describe_shard(
             applied: hosted.and_then(|hosted| hosted.applied),
             leaving: group.leaving.contains_key(&replica),
         };
+
     let replicas = all
         .iter()
         .map(|(replica, node, hosted)| describe(*replica, *node, *hosted));
     let witness = group
         .witness
         .map(|Seat { replica, node }| describe(replica, node, told(replica, node)));
+
     ShardStatus {
         id,
         home: group.home,

@@ -23,7 +23,7 @@ const REPORT_LASTS: Duration = Duration::from_secs(10);
 pub struct FullDisks(Mutex<BTreeMap<NodeId, (DiskLevel, Instant)>>);
 
 impl FullDisks {
-    /// Takes the report of the node with that directory. False: the view has none.
+    /// Takes the report of the node with that directory. Returns false if the view has none.
     pub fn take(&self, view: &View, directory: DirectoryId, level: DiskLevel) -> bool {
         let mut nodes = view.nodes.iter();
         let Some((node, _)) = nodes.find(|(_, node)| node.directory == directory) else {

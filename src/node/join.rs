@@ -381,7 +381,7 @@ impl Joining {
         matches!(self.directory.stamp(), Stamp::Member { .. })
     }
 
-    /// Waits until this node belongs to a cluster. None: `shutdown` came first.
+    /// Waits until this node belongs to a cluster. Returns None if `shutdown` came first.
     ///
     /// # Errors
     ///
@@ -404,6 +404,7 @@ impl Joining {
             } else {
                 self.ask_everyone().await
             };
+
             let step = bootstrap::next_step(self.own(&self.directory.stamp()), &heard);
             let waiting = match step {
                 BootstrapStep::Start => return Ok(Some(self.as_stamped())),
@@ -424,6 +425,8 @@ impl Joining {
                 BootstrapStep::Refuse(refusal) => return Err(refusal.into()),
                 BootstrapStep::Wait(waiting) => waiting,
             };
+
+            // Who waits for hours should read why, but not with every round.
             if told
                 .as_ref()
                 .is_none_or(|(last, at)| *last != waiting || at.elapsed() >= TELL_INTERVAL)
@@ -434,6 +437,7 @@ impl Joining {
                 }
                 told = Some((waiting.clone(), Instant::now()));
             }
+
             let interval = if waiting.is_spare() {
                 SPARE_INTERVAL
             } else {

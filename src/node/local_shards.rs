@@ -340,6 +340,7 @@ impl LocalShards {
             Ok(peer) => peer,
             Err(failure) => return ShardReply::Failed(failure),
         };
+
         let writes = !body.is_read();
         let left = deadline.saturating_duration_since(Instant::now());
         // A node that says nothing must not use up the time of a read that another may answer. Of a
@@ -349,12 +350,14 @@ impl LocalShards {
         } else {
             left.min((left / 2).max(READ_ATTEMPT_MIN))
         };
+
         let request = ShardRequest {
             cluster: self.context.cluster,
             shard,
             timeout_ms: time_to_answer_ms(timeout),
             body,
         };
+
         match self.call(&peer, &request, timeout).await {
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
                 match peer.hop {
@@ -679,6 +682,7 @@ impl ShardAccess for LocalShards {
         let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid {
             reason: format!("there is no shard {shard:#}"),
         })?;
+
         let node = match &to {
             None => group.home,
             Some(address) => {
@@ -695,12 +699,15 @@ impl ShardAccess for LocalShards {
                 to.as_ref().map_or("its home", Address::as_str)
             ),
         })?;
+
+        // Only the leader can hand over: a client is sent there.
         let local = self.context.registry.get(shard);
         let Some(local) = local.filter(|group| group.leads()) else {
             let found = self.locator.find(shard, deadline).await;
             let elsewhere = found.and_then(|leader| self.elsewhere_at(shard, leader));
             return Err(elsewhere.unwrap_or_else(|| self.no_leader(shard)));
         };
+
         if node != self.context.node {
             let transferred =
                 tokio::time::timeout_at(deadline, local.transfer_leader(replica)).await;
@@ -715,6 +722,7 @@ impl ShardAccess for LocalShards {
                 )));
             }
         }
+
         Ok(view.nodes.get(&node).map_or_else(
             || self.context.address.clone(),
             |node| node.public().clone(),
@@ -1005,7 +1013,9 @@ fn read_runs(
         keys_only,
     } = many;
     let keys = &keys[..keys.len().min(KEYS_MAX)];
+
     let (mut records, mut share) = (Vec::with_capacity(keys.len()), answers.empty_share());
+
     for run in keys.chunks(KEYS_PER_GUARD) {
         if looks_ahead {
             group.state().preview(|read| look_at(read, run, *keys_only));
@@ -1040,6 +1050,7 @@ fn read_runs(
             }
             Ok(false)
         };
+
         match group.state().read_here(read) {
             Ok(false) => {}
             Ok(true) => break,

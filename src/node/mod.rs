@@ -157,9 +157,12 @@ impl Node {
                 "forgetting what this node had before it was retired was broken off: {error}"
             ),
         }
+
         let Some(joined) = self.joining.join(shutdown).await? else {
             return Ok(());
         };
+
+        // Before anything is opened: by what the members answer this may be an old copy.
         let found = match self.joining.introduce(&joined).await {
             Ok(found) => found,
             Err(NodeError::NoStart(NoStart::Outdated { by, number })) => {
@@ -191,6 +194,8 @@ impl Node {
                 return if is_rested { Err(error) } else { Ok(()) };
             }
         };
+
+        // Made before the node is published, so that no end goes unseen.
         let failed = running.log_failure();
         let condemned = running.condemned();
         let given_up = running.given_up();
@@ -198,6 +203,7 @@ impl Node {
         let too_old = running.too_old();
         let rejection = self.joining.rejection();
         let running = self.running.get_or_init(|| running);
+
         let result = tokio::select! {
             biased;
             () = shutdown.cancelled() => Ok(()),
@@ -214,12 +220,14 @@ impl Node {
                 DirectoryRejection::Doubled { by } => NodeError::Doubled { by },
             }),
         };
+
         let result = match result {
             Err(error) if error.may_come_back() => {
                 self.prepare_restart(running, error, shutdown).await
             }
             result => result,
         };
+
         if let Err(NodeError::Retired) = result {
             tokio::select! {
                 retired = running.retire(&self.joining) => retired?,
@@ -257,7 +265,8 @@ impl Node {
         }
     }
 
-    /// Waits as long as this process should before it starts again. False: `shutdown` came first.
+    /// Waits as long as this process should before it starts again. Returns false if `shutdown`
+    /// came first.
     async fn rested(&self, shutdown: &CancellationToken) -> bool {
         let restarts = self.joining.config().restarts;
         let pause = Duration::from_millis(restart_pause_ms(restarts));
@@ -514,7 +523,7 @@ impl Node {
         }
     }
 
-    /// Its replicas, for the lanes of peers. None: it has none yet.
+    /// Returns its replicas, for the lanes of peers; None while it has none.
     pub fn registry(&self) -> Option<Arc<crate::raft::Registry>> {
         self.running
             .get()

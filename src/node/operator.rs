@@ -93,10 +93,12 @@ impl Operator {
         change
             .ensure_bounded()
             .map_err(|reason| ViewChangeFailure::Refused { reason })?;
+
         let _turn = self.turn(options).await?;
         let deadline = Instant::now() + options.timeout;
         let meta = self.meta()?;
         let mut leavers = LateLeavers::new(options);
+
         loop {
             let (view, planned) = self
                 .draw_up(&meta, change, only_if, deadline, &mut leavers)
@@ -104,6 +106,7 @@ impl Operator {
             if planned.is_same {
                 return Ok(self.describe(&view, view.epoch, &self.context.status().await));
             }
+
             let epoch = planned.view.epoch;
             let command = meta::MetaCommand::InstallPlan {
                 base: view.version,

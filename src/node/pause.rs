@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::supervisor;
 
-/// Waits for `pause`. False: `shutdown` came first.
+/// Waits for `pause`. Returns false if `shutdown` came first.
 pub async fn waited(shutdown: &CancellationToken, pause: Duration) -> bool {
     supervisor::beat();
     tokio::select! {

@@ -42,7 +42,7 @@ struct FailureRow {
     since: Instant,
     failures: u32,
     retry_at: Instant,
-    /// It was opened again then; none: it does not run.
+    /// The time when it was opened again; None while it does not run.
     runs_since: Option<Instant>,
 }
 

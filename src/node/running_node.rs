@@ -112,41 +112,16 @@ impl RunningNode {
         let opened =
             tokio::task::spawn_blocking(move || NodeStorage::open(&opening, cluster)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
-        let config = joining.config();
-        let identity =
-            NodeIdentity::member(joining.directory_id(), joined.view.cluster, joined.node);
-        let identity = Arc::new(match joining.peer_directories() {
-            Some(peer_directories) => identity.with_peer_directories(peer_directories.clone()),
-            None => identity,
-        });
-        let views = Arc::new(Views::new((*joined.view).clone()));
-        for (directory, address) in found {
-            views.found_at(*directory, address);
-        }
-        let registry = Registry::new(RegistryParts {
-            budgets: RaftBudgets::default(),
-            supervisor: joining.supervisor().clone(),
-            identity,
-            resolver: views.clone(),
-            dial: Arc::new(HttpDial),
-            timings: timings(config),
-            log: storage.log.clone(),
-            states: storage.states.clone(),
-        });
-        let caller = ShardCaller::new()
-            .map_err(|error| StartError::Client(error.to_string()))?
-            .charged_to(answers);
-        let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
-        let context =
-            NodeContext::new(joined.node, joining.clone(), views, registry, caller, peers)
-                .ok_or(StartError::NoMetaReplica)?;
-        let context = Arc::new(context);
+
+        // The meta replica is in the log before the stamp calls this node a member.
+        let context = Self::open_context(joining, &joined, found, answers, &storage)?;
         Self::join_meta(joining, &context).await?;
         tracing::info!(
             "this is node {} of cluster {}",
             context.node,
             context.cluster
         );
+
         let reconciler = Arc::new(Reconciler::new(
             context.clone(),
             joining.clone(),
@@ -154,6 +129,7 @@ impl RunningNode {
         ));
         let stop = CancellationToken::new();
         let view_refresh = Arc::new(StaleViewRefresh::new(context.clone()));
+
         let mut tasks = ControllerTasks {
             supervisor: joining.supervisor().clone(),
             stop: stop.clone(),
@@ -165,81 +141,10 @@ impl RunningNode {
             |stop| async move { reconciling.run(&stop).await },
         );
         tasks.start("news", |stop| async move { asking.run(&stop).await });
-        let leader_placement = LeaderPlacement::new(context.clone());
-        let log_compactor =
-            LogCompactor::new(context.clone(), storage.log.clone(), config.log_bytes);
-        tasks.start("balancer", |stop| async move {
-            leader_placement.run(&stop).await
-        });
-        tasks.start(
-            "janitor",
-            |stop| async move { log_compactor.run(&stop).await },
-        );
-        let disk_watch = DiskWatch::new(
-            context.clone(),
-            storage.log.clone(),
-            storage.states.clone(),
-            joining.directory_id(),
-        );
-        tasks.start(
-            "disk-watch",
-            |stop| async move { disk_watch.run(&stop).await },
-        );
-        let reachability_probe = ReachabilityProbe::new(context.clone());
-        tasks.start("scout", |stop| async move {
-            reachability_probe.run(&stop).await
-        });
-        let map_compactor = MapCompactor::new(storage.states.clone(), storage.log.clone());
-        tasks.start(
-            "compactor",
-            |stop| async move { map_compactor.run(&stop).await },
-        );
-        let membership = MembershipController::new(context.clone(), joining.platform().clone());
-        let slot_moves = SlotMoveController::new(context.clone(), joining.platform().clone());
-        tasks.start(
-            "memberships",
-            |stop| async move { membership.run(&stop).await },
-        );
-        tasks.start(
-            "migrator",
-            |stop| async move { slot_moves.run(&stop).await },
-        );
-        let greeter = Greeter::new(context.clone(), joining.clone());
-        tasks.start("greeter", |stop| async move { greeter.run(&stop).await });
-        let node_replacement = NodeReplacement::new(
-            context.clone(),
-            config.replace_after,
-            config.lost_disk_after,
-        );
-        tasks.start(
-            "repair",
-            |stop| async move { node_replacement.run(&stop).await },
-        );
-        let reporter = FailureReporter::new(context.clone(), joining.directory_id());
-        tasks.start("reporter", |stop| async move { reporter.run(&stop).await });
-        let agreement = Agreement::new(context.clone(), config.compare_every);
-        tasks.start(
-            "agreement",
-            |stop| async move { agreement.run(&stop).await },
-        );
-        let levels = Levels::new(context.clone(), config.speaks(), config.raise_level_after);
-        tasks.start("levels", |stop| async move { levels.run(&stop).await });
-        let scrubs = Arc::new(Scrubs::default());
-        let scrubber = Scrubber::new(
-            context.clone(),
-            storage.log.clone(),
-            scrubs.clone(),
-            config.scrub_every,
-        );
-        tasks.start("scrubber", |stop| async move { scrubber.run(&stop).await });
-        let findings = Arc::new(Findings::default());
-        let parts = (
-            storage.log.clone(),
-            storage.states.clone(),
-            joining.supervisor().clone(),
-        );
-        let watchdog = Watchdog::new(context.clone(), parts.0, parts.1, parts.2, findings.clone());
-        tasks.start("watchdog", |stop| async move { watchdog.run(&stop).await });
+        tasks.start_housekeeping(joining, &context, &storage);
+        tasks.start_planning(joining, &context);
+        let (findings, scrubs) = tasks.start_checks(joining, &context, &storage);
+
         let router = Router::new(LocalShards::new(context.clone()), rand::random());
         Ok(Self {
             router,
@@ -251,8 +156,51 @@ impl RunningNode {
             storage,
             stop,
             tasks: Mutex::new(tasks.running),
-            speaks: config.speaks(),
+            speaks: joining.config().speaks(),
         })
+    }
+
+    /// Brings up what all parts of the node share: the views, the registry of replicas, and the
+    /// callers of other nodes.
+    fn open_context(
+        joining: &Arc<Joining>,
+        joined: &Joined,
+        found: &[(DirectoryId, Address)],
+        answers: Arc<Budget>,
+        storage: &NodeStorage,
+    ) -> Result<Arc<NodeContext>, StartError> {
+        let config = joining.config();
+        let identity =
+            NodeIdentity::member(joining.directory_id(), joined.view.cluster, joined.node);
+        let identity = Arc::new(match joining.peer_directories() {
+            Some(peer_directories) => identity.with_peer_directories(peer_directories.clone()),
+            None => identity,
+        });
+
+        let views = Arc::new(Views::new((*joined.view).clone()));
+        for (directory, address) in found {
+            views.found_at(*directory, address);
+        }
+
+        let registry = Registry::new(RegistryParts {
+            budgets: RaftBudgets::default(),
+            supervisor: joining.supervisor().clone(),
+            identity,
+            resolver: views.clone(),
+            dial: Arc::new(HttpDial),
+            timings: timings(config),
+            log: storage.log.clone(),
+            states: storage.states.clone(),
+        });
+
+        let caller = ShardCaller::new()
+            .map_err(|error| StartError::Client(error.to_string()))?
+            .charged_to(answers);
+        let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
+        let context =
+            NodeContext::new(joined.node, joining.clone(), views, registry, caller, peers)
+                .ok_or(StartError::NoMetaReplica)?;
+        Ok(Arc::new(context))
     }
 
     /// Opens the replica of the meta group, and only then calls this directory a member. One that
@@ -563,6 +511,107 @@ struct ControllerTasks {
 }
 
 impl ControllerTasks {
+    /// Starts the controllers that carry plans out, and draw them up when nodes or replicas fail.
+    fn start_planning(&mut self, joining: &Arc<Joining>, context: &Arc<NodeContext>) {
+        let (tasks, config) = (self, joining.config());
+        let membership = MembershipController::new(context.clone(), joining.platform().clone());
+        let slot_moves = SlotMoveController::new(context.clone(), joining.platform().clone());
+        tasks.start(
+            "memberships",
+            |stop| async move { membership.run(&stop).await },
+        );
+        tasks.start(
+            "migrator",
+            |stop| async move { slot_moves.run(&stop).await },
+        );
+        let greeter = Greeter::new(context.clone(), joining.clone());
+        tasks.start("greeter", |stop| async move { greeter.run(&stop).await });
+        let node_replacement = NodeReplacement::new(
+            context.clone(),
+            config.replace_after,
+            config.lost_disk_after,
+        );
+        tasks.start(
+            "repair",
+            |stop| async move { node_replacement.run(&stop).await },
+        );
+        let reporter = FailureReporter::new(context.clone(), joining.directory_id());
+        tasks.start("reporter", |stop| async move { reporter.run(&stop).await });
+    }
+
+    /// Starts the controllers that keep leaders, log, maps and connections in order.
+    fn start_housekeeping(
+        &mut self,
+        joining: &Arc<Joining>,
+        context: &Arc<NodeContext>,
+        storage: &NodeStorage,
+    ) {
+        let (tasks, config) = (self, joining.config());
+        let leader_placement = LeaderPlacement::new(context.clone());
+        let log_compactor =
+            LogCompactor::new(context.clone(), storage.log.clone(), config.log_bytes);
+        tasks.start("balancer", |stop| async move {
+            leader_placement.run(&stop).await
+        });
+        tasks.start(
+            "janitor",
+            |stop| async move { log_compactor.run(&stop).await },
+        );
+        let disk_watch = DiskWatch::new(
+            context.clone(),
+            storage.log.clone(),
+            storage.states.clone(),
+            joining.directory_id(),
+        );
+        tasks.start(
+            "disk-watch",
+            |stop| async move { disk_watch.run(&stop).await },
+        );
+        let reachability_probe = ReachabilityProbe::new(context.clone());
+        tasks.start("scout", |stop| async move {
+            reachability_probe.run(&stop).await
+        });
+        let map_compactor = MapCompactor::new(storage.states.clone(), storage.log.clone());
+        tasks.start(
+            "compactor",
+            |stop| async move { map_compactor.run(&stop).await },
+        );
+    }
+
+    /// Starts the controllers that look for what is wrong. Returns what they find.
+    fn start_checks(
+        &mut self,
+        joining: &Arc<Joining>,
+        context: &Arc<NodeContext>,
+        storage: &NodeStorage,
+    ) -> (Arc<Findings>, Arc<Scrubs>) {
+        let (tasks, config) = (self, joining.config());
+        let agreement = Agreement::new(context.clone(), config.compare_every);
+        tasks.start(
+            "agreement",
+            |stop| async move { agreement.run(&stop).await },
+        );
+        let levels = Levels::new(context.clone(), config.speaks(), config.raise_level_after);
+        tasks.start("levels", |stop| async move { levels.run(&stop).await });
+        let scrubs = Arc::new(Scrubs::default());
+        let scrubber = Scrubber::new(
+            context.clone(),
+            storage.log.clone(),
+            scrubs.clone(),
+            config.scrub_every,
+        );
+        tasks.start("scrubber", |stop| async move { scrubber.run(&stop).await });
+        let findings = Arc::new(Findings::default());
+        let parts = (
+            storage.log.clone(),
+            storage.states.clone(),
+            joining.supervisor().clone(),
+        );
+        let watchdog = Watchdog::new(context.clone(), parts.0, parts.1, parts.2, findings.clone());
+        tasks.start("watchdog", |stop| async move { watchdog.run(&stop).await });
+        (findings, scrubs)
+    }
+
     fn start<F>(&mut self, part: &'static str, run: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,

@@ -168,6 +168,7 @@ impl ShardCaller {
         let began = Instant::now();
         let _place = self.room.enter(address, timeout).await?;
         let timeout = timeout.saturating_sub(began.elapsed());
+
         let url = match hop {
             Hop::Answer => format!("http://{address}/peer/shard"),
             Hop::Relay => format!("http://{address}/peer/shard?{RELAY_QUERY}"),
@@ -177,6 +178,8 @@ impl ShardCaller {
             .header(CONTENT_TYPE, "application/octet-stream")
             .body(codec::encode(request))
             .timeout(timeout);
+
+        // Without a connection nothing was done; with one, nobody knows.
         let response = match post.send().await {
             Ok(response) => response,
             Err(source) if source.is_connect() => {
@@ -192,6 +195,7 @@ impl ShardCaller {
                 });
             }
         };
+
         let no_answer = |reason: String| CallError::NoAnswer {
             address: address.clone(),
             reason,
@@ -244,7 +248,7 @@ pub fn time_to_answer_ms(timeout: Duration) -> u64 {
 /// call.
 ///
 /// So an address gets no more of them than twice those that are free besides, and a few in any
-/// case: however many nodes hang, the others are called all the same.
+/// case, so that the others are called however many nodes hang.
 #[derive(Debug)]
 struct CallRoom {
     calls: usize,

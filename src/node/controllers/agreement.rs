@@ -261,6 +261,7 @@ impl Agreement {
                     group.set_alarm(None);
                 }
                 self.context.differed(id);
+
                 let list = differing
                     .iter()
                     .map(ToString::to_string)
@@ -271,6 +272,8 @@ impl Agreement {
                     "at {} of shard {id} these replicas differ from a majority: {list}",
                     told.at
                 );
+
+                // A leader that differs can't rebuild others from its own map.
                 if differing.contains(&own) {
                     self.hand_over(group, told, &differing).await;
                 } else {

@@ -34,7 +34,7 @@ impl GroupTasks {
     }
 
     /// Waits until there may be something to do: a task has ended, the view has changed, or a tick
-    /// has passed. False: `shutdown` came first, and the tasks are ended.
+    /// has passed. Returns false if `shutdown` came first, and ends the tasks then.
     pub async fn are_due(&mut self, shutdown: &CancellationToken) -> bool {
         supervisor::beat();
         tokio::select! {

@@ -107,6 +107,7 @@ impl LogCompactor {
         } else {
             self.log_bytes
         };
+
         let space =
             LogSpace::for_snapshots(log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
         let pinned: HashMap<ReplicaKey, LogBacklog> = self
@@ -116,6 +117,8 @@ impl LogCompactor {
             .map(|pin| (pin.key, LogBacklog::of(space, pin.held_bytes)))
             .collect();
         let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(LogBacklog::Little);
+
+        // Witnesses hold no snapshot: they purge what all others have.
         join_all(groups.iter().map(|group| group.advertise_purge_index())).await;
         for witness in self.context.registry.witnesses() {
             if let Err(error) = witness
@@ -130,6 +133,7 @@ impl LogCompactor {
             }
             self.complain(&witness);
         }
+
         self.quiet
             .retain(|key, _| groups.iter().any(|group| group.key() == *key));
         for group in groups {
@@ -143,6 +147,7 @@ impl LogCompactor {
                 group.state().write_down();
             }
             let held = held(group.key());
+
             match self.step(&group, is_quiet, held) {
                 CompactionStep::Nothing => {}
                 CompactionStep::Purge(upto) => purge(&group, upto, held).await,

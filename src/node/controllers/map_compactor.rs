@@ -19,7 +19,7 @@ const TICK: Duration = Duration::from_secs(3);
 /// to look at.
 const PAUSE_FACTOR: u32 = 100;
 const PAUSE_MAX: Duration = Duration::from_secs(60);
-/// After a failure, as for want of room on the disk: an attempt may write much in vain.
+/// Pause after a failure, such as a full disk: an attempt may write much for nothing.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
 /// Copies maps to a fresh place when that pays.

@@ -102,7 +102,7 @@ fn is_as_wanted(of: &view::GroupSpec, group: &Replica) -> bool {
 }
 
 impl MembershipSteps {
-    /// Takes the next step of a group. True: there is something to wait for.
+    /// Takes the next step of a group. Returns true if there is something to wait for.
     async fn step(&self, view: &View, group: &Replica) -> bool {
         let id = group.key().group;
         let Some(of) = view.groups.get(&id) else {
@@ -122,6 +122,7 @@ impl MembershipSteps {
                 tracing::debug!("group {id}: {step:?}");
             }
         }
+
         let taken =
             tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step.clone())).await;
         let reason = match taken {
@@ -148,6 +149,7 @@ impl MembershipSteps {
         let membership = watch.membership;
         let mut refused = self.refused.lock();
         refused.retain(|_, at| at.elapsed() < REFUSED_FOR);
+
         // Of a node that is no member of anything yet nothing was heard: it is asked when it is to
         // be added.
         let is_up = |replica: &ReplicaId, node: &NodeId| {
@@ -156,6 +158,7 @@ impl MembershipSteps {
                 || heard()
                 || !membership.is_member(*replica) && !refused.contains_key(replica)
         };
+
         let members = membership
             .voters
             .iter()
@@ -167,6 +170,7 @@ impl MembershipSteps {
             .map(|(replica, _)| replica)
             .collect();
         let members = membership.voters.keys().chain(membership.learners.keys());
+
         Some(ObservedMembership {
             me,
             log_id: membership.log_id?,
@@ -301,6 +305,7 @@ impl MembershipSteps {
         }
         let there = view.nodes.get(&node).ok_or("the node is not in the view")?;
         let address = &there.address;
+
         let hosted = self
             .context
             .peers

@@ -235,7 +235,7 @@ impl Reconciler {
             .then(|| format!("this node can't connect to {leader}, which leads group {group}"))
     }
 
-    /// One round over everything. True: there was nothing to do.
+    /// Makes one round over everything. Returns true if there was nothing to do.
     async fn tick(&self, pending: &mut PendingTasks) -> bool {
         self.follow_view().await;
         let view = self.context.view();
@@ -535,6 +535,7 @@ impl Reconciler {
         if self.done.lock().claimed.contains(&shard) {
             return true;
         }
+
         let read = group
             .state()
             .read_in(ReadKind::Page, |read| SlotState::read_all(read))
@@ -550,6 +551,8 @@ impl Reconciler {
         }
         .map(|(slot, _)| slot)
         .collect();
+
+        // What has ever been moved is claimed by nobody: its move gave it an owner.
         let missing: Vec<Slot> = view
             .slots
             .slots_of(shard)
@@ -559,6 +562,7 @@ impl Reconciler {
             self.done.lock().claimed.insert(shard);
             return true;
         }
+
         if group.leads() {
             let command = kv::KvCommand::Claim { slots: missing };
             match group

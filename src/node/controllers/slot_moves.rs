@@ -288,7 +288,7 @@ impl MoveDriver {
         }
     }
 
-    /// Looks, decides and takes one step. True: the move has ended.
+    /// Looks, decides and takes one step. Returns true if the move has ended.
     async fn step(
         &self,
         group: &Replica,
@@ -360,7 +360,7 @@ impl MoveDriver {
         ))
     }
 
-    /// True: the move has ended.
+    /// Takes a decided step. Returns true if the move has ended.
     async fn take(
         &self,
         group: &Replica,
@@ -512,6 +512,8 @@ impl MoveDriver {
                 }
             }
         };
+
+        // What the destination answered saves the next step from asking it.
         match outcome {
             MoveOutcome::Done => {}
             MoveOutcome::Installing(progress) => {
@@ -539,7 +541,7 @@ impl MoveDriver {
         Ok(())
     }
 
-    /// Has the meta group end the move. False: it had ended before.
+    /// Has the meta group end the move. Returns false if it had ended before.
     async fn end(&self, of: &Move, command: meta::MetaCommand) -> Result<bool, StepError> {
         let known = self.context.view().version;
         let is_news = match self.context.tell_meta(command, STEP_TIMEOUT).await {
@@ -604,7 +606,7 @@ impl MoveDriver {
     }
 
     /// Deletes, step by step, what moves that have ended have left in the shard's map; until there
-    /// is something to move again. True: nothing is left that this replica could delete.
+    /// is something to move again. Returns true if nothing is left that this replica could delete.
     async fn clear(&self, group: &Replica) -> bool {
         let shard = group.key().group;
         while group.leads() && !self.has_more_to_move(shard) {

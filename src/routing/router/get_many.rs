@@ -70,6 +70,7 @@ impl<A: ShardAccess> Router<A> {
     ) -> Result<Option<(Vec<usize>, Retry)>, Failure> {
         let parts = split(&request.keys, places, map);
         let bytes_max = (request.bytes_max / parts.len().max(1)).max(SHARD_BYTES_MIN);
+
         let ask = |part: KeysPart| async move {
             if part.shard.is_meta() {
                 return (part, None);
@@ -89,6 +90,8 @@ impl<A: ShardAccess> Router<A> {
             let reply = self.call(part.shard, body, options).await;
             (part, Some(reply))
         };
+
+        // Keys are small; values may fill the budget of the answers.
         let parallel = if request.keys_only {
             PARALLEL_KEYS_MAX
         } else {
@@ -97,6 +100,7 @@ impl<A: ShardAccess> Router<A> {
         let mut replies = futures::stream::iter(parts)
             .map(ask)
             .buffer_unordered(parallel);
+
         let mut again: Option<(Vec<usize>, Retry)> = None;
         while let Some((part, reply)) = replies.next().await {
             let retry = match reply {

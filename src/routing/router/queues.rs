@@ -26,7 +26,7 @@ pub(super) enum AwaitedAccess {
     Write,
 }
 
-/// The queues of all shards that somebody waits for.
+/// The queues of all shards that requests wait for.
 #[derive(Debug, Default)]
 pub(super) struct LeaderQueues {
     shards: Mutex<HashMap<(GroupId, AwaitedAccess), Arc<LeaderQueue>>>,

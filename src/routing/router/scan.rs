@@ -40,6 +40,7 @@ impl<A: ShardAccess> Router<A> {
         let mut range = Some(request.range);
         let mut items: Vec<Item> = Vec::new();
         let mut bytes = 0;
+
         while let Some(asked) = range.take().filter(|range| !is_empty(range)) {
             assert!(items.len() < limit, "a full page asks for no more");
             let plan = RoundPlan {
@@ -48,6 +49,7 @@ impl<A: ShardAccess> Router<A> {
                 limit: limit - items.len(),
                 keys_only: request.keys_only,
             };
+
             let round = self.scan_round(&plan, &mut retry_state).await?;
             let complete = round.take(request.reverse);
             range = complete.rest(&plan);
@@ -57,6 +59,7 @@ impl<A: ShardAccess> Router<A> {
                 .map(|item| item.key.len() + item.record.value.len())
                 .sum::<usize>();
             items.extend(complete.items);
+
             if items.len() > limit {
                 items.truncate(limit);
                 return Ok(MergedPage { items, more: true });
@@ -95,7 +98,7 @@ impl<A: ShardAccess> Router<A> {
         }
     }
 
-    /// Asks the owners of the slots that no page covers yet. None: now all are covered.
+    /// Asks the owners of the slots that no page covers yet. Returns None if all are covered now.
     async fn ask_uncovered(
         &self,
         map: &ShardMap,

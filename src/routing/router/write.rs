@@ -130,6 +130,8 @@ impl<A: ShardAccess> Router<A> {
         let count = parts.iter().map(|(_, part)| part.positions.len()).sum();
         let mut answers: Vec<Written> =
             vec![Err(WriteFailure::Failed(misfit(GroupId::META))); count];
+
+        // Answers go to their positions; what is left is split by the map as it is then.
         let mut fill = |progress: Progress| -> Vec<(GroupId, WritePart)> {
             progress
                 .answered
@@ -145,6 +147,8 @@ impl<A: ShardAccess> Router<A> {
             let (shard, part) = parts.remove(0);
             parts = fill(self.write_part(shard, part, key.clone()).await);
         }
+
+        // Several shards, each at its own pace.
         let attempt =
             |(shard, part): (GroupId, WritePart)| self.write_part(shard, part, key.clone());
         let mut running: FuturesUnordered<_> = parts.into_iter().map(attempt).collect();
