@@ -12,6 +12,8 @@ pub struct CompletionsArguments {
     shell: Shell,
 }
 
+/// Prints the completion script.
+///
 /// # Errors
 ///
 /// When standard output can't be written.

@@ -23,9 +23,9 @@ use crate::http::{
 use crate::telemetry::{self, LogFormat};
 use crate::types::{Address, ParseError};
 
-/// Where the proxies of the systems listened whose dialects it serves.
+/// The ports of the proxies of the systems whose dialects it serves.
 const PORTS_DEFAULT: [u16; 2] = [8080, 8081];
-/// Where their servers listened: asked where no member is named and no cluster was started here.
+/// The ports of their servers, asked where no member is named and no cluster was started here.
 const MEMBER_PORTS_DEFAULT: [u16; 2] = [9000, 9001];
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -86,6 +86,9 @@ impl GatewayArguments {
         listen
     }
 
+    /// Returns the members to ask: those named, those of a cluster started here, or the default
+    /// ports.
+    ///
     /// # Errors
     ///
     /// When one of them is this gateway: it would ask itself.
@@ -149,7 +152,7 @@ pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
     Ok(())
 }
 
-/// For scripts that wait for it, on standard output. If that is closed, nobody waits.
+/// Prints the ports on standard output, for scripts that wait for it. A closed output is no error.
 fn announce(addresses: &[SocketAddr]) {
     let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
     ports.dedup();

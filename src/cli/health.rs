@@ -34,8 +34,8 @@ pub struct HealthArguments {
 }
 
 impl HealthArguments {
-    /// Where to ask, one after the other. A node that listens on every address is asked by the
-    /// loopback address first: the others come and go with the networks.
+    /// Returns the addresses to ask, one after the other. A node that listens on every address is
+    /// asked by the loopback address first: the others come and go with the networks.
     fn candidates(&self) -> Result<Vec<Address>, ParseError> {
         if let Some(asked) = &self.asked {
             return Ok(vec![asked.clone()]);
@@ -46,6 +46,8 @@ impl HealthArguments {
     }
 }
 
+/// Asks until one of the addresses answers that it is well.
+///
 /// # Errors
 ///
 /// When the address can't be made out.

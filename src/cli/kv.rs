@@ -13,7 +13,7 @@ use super::servers::Servers;
 use super::{CliError, EXIT_CODES, Exit};
 use crate::client::native::{ListQuery, NativeClient, WriteHeaders};
 
-/// What a page of a listing is asked to hold. The servers' own maximum.
+/// Items of a page of a listing. The servers' own maximum.
 const PAGE_ITEMS: usize = 1000;
 
 #[derive(Debug, Args)]
@@ -117,6 +117,8 @@ fn entity_tag(text: String) -> String {
     if bare { format!("\"{text}\"") } else { text }
 }
 
+/// Runs one command about keys.
+///
 /// # Errors
 ///
 /// When a condition fails, nobody answers, or standard output is closed.
@@ -244,7 +246,7 @@ async fn list(
     Ok(Exit::Done)
 }
 
-/// A key or value on one line: control characters and what is not UTF-8 are escaped.
+/// Returns a key or value on one line: control characters and what is not UTF-8 are escaped.
 fn shown(text: &Value, encoding: &Value) -> Vec<u8> {
     let text = text.as_str().unwrap_or_default();
     if encoding == "base64" {

@@ -1,4 +1,4 @@
-//! The command line: what each subcommand is told, and what it does with the layers below.
+//! The command line: the arguments of each subcommand, and what it does with the layers below.
 //!
 //! A command returns an [`Exit`] or a [`CliError`]; [`run`] turns both into an exit code and one
 //! line on standard error. Output goes through `io::Write`, never `println!`, which panics when a
@@ -52,12 +52,12 @@ pub enum Command {
     Completions(completions::CompletionsArguments),
 }
 
-/// What the exit codes mean. In the help of every command.
+/// The exit codes, in the help of every command.
 pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 no such key or a condition that does not hold, \
 2 usage, 3 unavailable or of unknown outcome, 4 (of serve) a part of the node panicked or hung: \
 start it again.";
 
-/// How a command that did what it should ended.
+/// The end of a command that did what it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
     Done,
@@ -69,7 +69,7 @@ pub enum Exit {
     Interrupted,
 }
 
-/// Why a command did not do what it should.
+/// The reason why a command did not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
     #[error("{0}")]
@@ -100,7 +100,7 @@ impl From<Failure> for CliError {
 }
 
 impl CliError {
-    /// Standard output could not be written.
+    /// Returns the error of a standard output that could not be written.
     pub fn output(source: io::Error) -> Self {
         CliError::Io {
             what: "standard output".into(),
@@ -130,7 +130,7 @@ impl CliError {
         }
     }
 
-    /// The reader of our output went away: no error of ours.
+    /// Returns true if the reader of our output went away, which is no error of ours.
     fn is_closed_pipe(&self) -> bool {
         matches!(self, CliError::Io { source, .. } if source.kind() == io::ErrorKind::BrokenPipe)
     }
@@ -160,12 +160,12 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
-/// One line on standard error. If that is closed too, nobody wants to know.
+/// Writes one line to standard error. If that is closed too, there is nothing left to do.
 pub fn print_error(error: &dyn std::fmt::Display) {
     drop(writeln!(io::stderr(), "quorate: {error}"));
 }
 
-/// For commands that wait for one answer after the other.
+/// Runs a command that waits for one answer after the other.
 fn on_one_thread(command: impl Future<Output = Result<Exit, CliError>>) -> Result<Exit, CliError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -178,7 +178,7 @@ fn on_one_thread(command: impl Future<Output = Result<Exit, CliError>>) -> Resul
         .block_on(command)
 }
 
-/// For a node, which answers many at once.
+/// Runs a node, which answers many requests at once.
 fn on_all_threads(node: impl Future<Output = Result<(), ServeError>>) -> Result<Exit, CliError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -20,10 +20,10 @@ use crate::types::{Address, ParseError};
 /// Replicas of a shard. More would only slow its writes down.
 const REPL_FACTOR_MAX: u8 = 7;
 
-/// Where a node listens that nobody told where.
+/// A node without an address listens here.
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// What the log of a node takes, in MiB.
+/// Size of the log of a node, in MiB.
 const LOG_MIB_DEFAULT: u64 = 256;
 
 /// Connections of clients, of a node and of a gateway.
@@ -159,6 +159,8 @@ pub struct ServeArguments {
 }
 
 impl ServeArguments {
+    /// Returns the configuration that the flags and variables make.
+    ///
     /// # Errors
     ///
     /// When the parts of an address given apart do not make one.
@@ -198,8 +200,8 @@ impl ServeArguments {
         })
     }
 
-    /// What others call a node that nobody gave an address: where it listens, or a wildcard's
-    /// loopback.
+    /// Returns the address of a node that was given none: the one that it listens on, or the
+    /// loopback address of a wildcard.
     fn unnamed(&self, view: Option<&[Address]>) -> Result<Address, ParseError> {
         let listened = match (self.ip, self.port, self.listen.first()) {
             (None, None, Some(listen)) => listen.clone(),
@@ -242,7 +244,8 @@ impl ServeArguments {
         Ok(listen)
     }
 
-    /// Several nodes may be started in one directory, each with a port.
+    /// Returns a directory named by the port: several nodes may be started in one place, each with
+    /// a port.
     fn default_data_dir(&self, address: &Address) -> PathBuf {
         let is_told = self.port.is_some()
             || !self.listen.is_empty()
@@ -277,7 +280,7 @@ impl<T: FromStr> FromStr for OptionalValue<T> {
     }
 }
 
-/// What was given and is not empty.
+/// Returns the value if it was given and is not empty.
 pub fn given<T>(value: Option<&OptionalValue<T>>) -> Option<&T> {
     value.and_then(|given| given.0.as_ref())
 }

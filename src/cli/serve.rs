@@ -1,4 +1,4 @@
-//! `quorate serve`: runs a node until it is told to stop.
+//! `quorate serve`: runs a node until a signal stops it.
 //!
 //! Listens first, so that a busy port is named before anything is touched; then opens the data
 //! directory and runs the node while its routes are served. A stop hands leaderships over while
@@ -39,7 +39,7 @@ use crate::sm::cluster::view::View;
 use crate::telemetry;
 use crate::types::{Address, ParseError};
 
-/// How long leaderships may take to be handed over at a stop.
+/// Time to transfer leaderships at a stop.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Tells a process that was started by itself how often that was in a row.
@@ -47,7 +47,7 @@ const RESTARTS: &str = "QUORATE_RESTARTS";
 /// A process that has run for so long begins to count anew.
 const LASTS: Duration = Duration::from_secs(600);
 
-/// Why the node does not run any more, or never did.
+/// The reason why the node does not run any more, or never did.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     #[error(transparent)]
@@ -141,7 +141,7 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
     Ok(())
 }
 
-/// A node as it is served.
+/// Returns the app that serves a node.
 pub fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
     let face = Arc::new(NodeService { node: node.clone() });
     let metrics = Arc::new(Metrics::new(vec![server.stats(), face.clone()]));

@@ -9,8 +9,8 @@ use crate::client::native::NativeClient;
 use crate::config::PORT_DEFAULT;
 use crate::types::Address;
 
-/// Where `cluster.sh` keeps its cluster, in the current directory, unless this variable names
-/// another.
+/// `cluster.sh` keeps its cluster here, in the current directory, unless this variable names
+/// another place.
 const CLUSTER_DIR: &str = ".cluster";
 const CLUSTER_DIR_VARIABLE: &str = "QUORATE_CLUSTER_DIR";
 
@@ -53,7 +53,7 @@ impl Servers {
     }
 }
 
-/// A positive number of seconds, perhaps with a fraction.
+/// Parses a positive number of seconds, perhaps with a fraction.
 pub fn seconds(text: &str) -> Result<Duration, String> {
     let number: f64 = text
         .strip_suffix('s')
@@ -70,7 +70,7 @@ fn default_server() -> Option<Address> {
     format!("127.0.0.1:{PORT_DEFAULT}").parse().ok()
 }
 
-/// The addresses of the nodes that `cluster.sh` started here, in order of their ports.
+/// Returns the addresses of the nodes that `cluster.sh` started here, in order of their ports.
 pub fn local_cluster() -> Vec<Address> {
     let dir = std::env::var_os(CLUSTER_DIR_VARIABLE).filter(|dir| !dir.is_empty());
     nodes_of(Path::new(&dir.unwrap_or_else(|| CLUSTER_DIR.into())))

@@ -86,7 +86,10 @@ impl HttpBody for ChargedBody {
         let this = &mut *self;
         let frame = ready!(Pin::new(&mut this.inner).poll_frame(context));
         let hold = |data: Bytes| match this.share.take() {
-            Some(share) => share.hold(data),
+            Some(share) => {
+                assert!(share.bytes() >= data.len(), "an answer is charged whole");
+                share.hold(data)
+            }
             None => data,
         };
         Poll::Ready(frame.map(|frame| frame.map(|frame| frame.map_data(hold))))

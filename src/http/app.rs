@@ -16,7 +16,7 @@ use super::server::ClientInfo;
 use crate::api::store::Store;
 use crate::budget::Budget;
 
-/// What the routes work on.
+/// The state that all routes work on.
 pub struct App {
     pub store: Arc<dyn Store>,
     pub readiness: Arc<dyn Readiness>,

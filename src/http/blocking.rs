@@ -1,5 +1,5 @@
-//! Work on large bodies and answers, where it holds nobody up: the threads that serve carry
-//! heartbeats too.
+//! Runs work on large bodies and answers where it delays no other task: the threads that serve also
+//! carry heartbeats.
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 

@@ -21,8 +21,8 @@ use super::problem::{Code, Problem};
 use super::server::ClientInfo;
 use crate::budget::{Budget, Share};
 
-/// What is read and thrown away after a refusal, so that a client that sends first and reads then
-/// gets to see the answer.
+/// Bytes that are read and thrown away after a refusal, so that a client that sends first and reads
+/// then gets to see the answer.
 const DISCARD_BYTES_MAX: usize = 64 << 20;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -44,7 +44,7 @@ pub struct BodyBytes {
 }
 
 impl BodyBytes {
-    /// A part of the same budget, empty as yet: for what is made of the body.
+    /// Returns an empty share of the same budget, for what is made of the body.
     pub fn new_share(&self) -> Share {
         self.share.new_share()
     }
@@ -150,6 +150,11 @@ async fn collect(
             buffer.reserve_exact(capacity - buffer.len());
         }
         buffer.extend_from_slice(&data);
+        assert!(buffer.len() <= limit.bytes_max, "a body within its limit");
+        assert!(
+            share.bytes() >= buffer.len(),
+            "a body is paid for before it is kept"
+        );
         chunk_deadline.note(data.len());
     }
 }
@@ -160,7 +165,7 @@ fn buffer_capacity(bytes: usize, had: usize, left: usize) -> usize {
     bytes + (had / 4).max(FIRST_BYTES.saturating_sub(bytes)).min(left)
 }
 
-/// When the next [`CHUNK_BYTES`] of a body must have come.
+/// The time by which the next [`CHUNK_BYTES`] of a body must have come.
 struct ChunkDeadline {
     deadline: Instant,
     patience: Duration,
@@ -184,7 +189,7 @@ impl ChunkDeadline {
     }
 }
 
-/// There is no room in the common budget.
+/// Returns the problem of a body for which the common budget has no room.
 pub fn overloaded(limits: &Limits) -> Problem {
     let detail = format!(
         "bodies in flight are at most {} bytes together",

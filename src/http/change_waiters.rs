@@ -1,10 +1,10 @@
-//! [`ChangeWaiters`]: those who wait for the end of a change of the view, and the look at it that
+//! [`ChangeWaiters`]: clients that wait for the end of a change of the view, and the polling that
 //! they share.
 //!
-//! A wait is long and costs its client nothing, so there are few at once, whoever asks: one more is
+//! A wait is long and costs its client nothing, so the number of waiters is bounded: one more is
 //! refused before anything is done. They do not ask the leader of the meta group one by one. A node
-//! hears of the end by itself (`Store::await_change`); who then looks, or looks because nothing was
-//! heard for a while, does it for all.
+//! hears of the end by itself (`Store::await_change`); the waiter that then looks, or looks because
+//! nothing was heard for a while, shares the result with all.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -29,11 +29,11 @@ pub struct ChangeWaiters {
     places: Semaphore,
     places_max: usize,
     refused: AtomicU64,
-    /// Held while somebody looks.
+    /// Locked while one of them looks.
     last: Mutex<Option<ObservedChange>>,
 }
 
-/// What was found when somebody looked.
+/// The result of the last look at a change.
 #[derive(Debug)]
 struct ObservedChange {
     began: Instant,
@@ -155,7 +155,7 @@ impl WaiterPermit<'_> {
     }
 }
 
-/// When to look at a change, again and again.
+/// Decides when to look at a change again.
 #[derive(Debug)]
 pub struct PollSchedule {
     deadline: Instant,
@@ -207,7 +207,7 @@ impl PollSchedule {
     }
 }
 
-/// A wait must not hold up a clean stop.
+/// Returns true if the server stops: a wait must not hold that up.
 fn is_stopping(readiness: &dyn Readiness) -> bool {
     readiness
         .ready()

@@ -1,6 +1,6 @@
 //! [`Dialect`]: whose contract a request follows.
 
-/// Whose contract a request follows.
+/// The contract that a request follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
     Native,
@@ -9,7 +9,7 @@ pub enum Dialect {
     Kvs,
     PlainBatch,
     Peer,
-    /// Of no dialect: unknown paths.
+    /// For paths of no dialect.
     Other,
 }
 

@@ -8,7 +8,7 @@ use super::app::SharedApp;
 use super::problem::Problem;
 use super::readiness::NotReady;
 
-/// 200 as long as the process answers at all.
+/// Answers 200 as long as the process answers at all.
 pub(super) async fn healthz() -> &'static str {
     "ok\n"
 }
@@ -39,7 +39,7 @@ pub(super) async fn metrics(State(app): State<SharedApp>) -> Response {
         .into_response()
 }
 
-/// What a browser is shown.
+/// The page that a browser is shown.
 pub(super) const FRONT_PAGE: &str = concat!(
     "Quorate ",
     env!("CARGO_PKG_VERSION"),

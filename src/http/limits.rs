@@ -12,7 +12,7 @@ pub struct Limits {
     /// Longer than the idle time of common client pools (reqwest: 90 s), so that it is the client
     /// who closes, and no request meets a connection that is just going away.
     pub head_timeout: Duration,
-    /// How long a request's head may take from its first byte to its last, over HTTP/1.
+    /// Time for a request's head from its first byte to its last, over HTTP/1.
     pub head_arrival_timeout: Duration,
     /// Request line and headers together, and what one HTTP/1.1 connection buffers.
     pub head_bytes_max: usize,
@@ -43,16 +43,16 @@ pub struct Limits {
     /// Items of a page of a listing where the client asks for no number.
     pub page_items_default: usize,
     pub page_items_max: usize,
-    /// How long an answer is waited for where the client says nothing.
+    /// Time for an answer where the client says nothing.
     pub request_timeout_default: Duration,
     pub request_timeout_max: Duration,
-    /// How long a client can have itself kept waiting for the end of a change of the view.
+    /// The longest wait for the end of a change of the view that a client can ask for.
     pub change_wait_max: Duration,
     /// Clients that are kept waiting for the end of a change of the view at once.
     pub change_waiters_max: usize,
     /// Requests that take longer are logged.
     pub slow_request: Duration,
-    /// How long a stopping server waits for requests in flight.
+    /// Time that a stopping server gives requests in flight.
     pub drain_timeout: Duration,
 }
 

@@ -17,13 +17,13 @@ use crate::sm::kv::Media;
 const TEXT: &str = "text/plain";
 const OCTETS: &str = "application/octet-stream";
 const JSON: &str = "application/json";
-/// What plain `curl -d` sends: it says nothing about the body.
+/// Sent by plain `curl -d`: it says nothing about the body.
 const FORM: &str = "application/x-www-form-urlencoded";
 
 /// Longest media type that is kept, in bytes.
 const MEDIA_BYTES_MAX: usize = 255;
 
-/// The media type that a request gives its body.
+/// Returns the media type that a request gives its body.
 pub fn of_request(headers: &HeaderMap, value: &[u8]) -> Result<Media, Problem> {
     let mut given = headers.get_all(header::CONTENT_TYPE).iter();
     let name = match (given.next(), given.next()) {
@@ -46,8 +46,8 @@ pub fn of_request(headers: &HeaderMap, value: &[u8]) -> Result<Media, Problem> {
         .map_err(|reason| Problem::new(Code::InvalidHeader, format!("Content-Type {reason}")))
 }
 
-/// The media type called `name`, of this value. An error is the end of a sentence that begins with
-/// where the name is from.
+/// Returns the media type called `name`, of this value. An error is the end of a sentence that
+/// begins with where the name is from.
 pub fn named(name: &str, value: &[u8]) -> Result<Media, String> {
     let name = name.trim();
     if name.is_empty() || essence(name).eq_ignore_ascii_case(FORM) {
@@ -72,7 +72,7 @@ pub fn named(name: &str, value: &[u8]) -> Result<Media, String> {
     })
 }
 
-/// The media type of a value whose sender gave none.
+/// Returns the media type of a value whose sender gave none.
 pub fn guess(value: &[u8]) -> Media {
     if std::str::from_utf8(value).is_ok() {
         Media::Text
@@ -81,12 +81,12 @@ pub fn guess(value: &[u8]) -> Media {
     }
 }
 
-/// Whether `value` is one JSON text, not nested deeper than `serde_json` reads.
+/// Returns true if `value` is one JSON text, not nested deeper than `serde_json` reads.
 pub fn is_json(value: &[u8]) -> bool {
     serde_json::from_slice::<IgnoredAny>(value).is_ok()
 }
 
-/// A media type without its parameters.
+/// Returns a media type without its parameters.
 pub fn essence(name: &str) -> &str {
     name.split(';').next().unwrap_or(name).trim()
 }
@@ -100,8 +100,8 @@ pub fn name(media: &Media) -> &str {
     }
 }
 
-/// The `Content-Type` of a stored value. A name that another dialect stored and that fits no header
-/// is shown as octets.
+/// Returns the `Content-Type` of a stored value. A name that another dialect stored and that fits
+/// no header is shown as octets.
 pub fn content_type(media: &Media) -> HeaderValue {
     match media {
         Media::Text => HeaderValue::from_static(TEXT),
@@ -113,7 +113,7 @@ pub fn content_type(media: &Media) -> HeaderValue {
     }
 }
 
-/// How bytes stand in a JSON string: as they are if they are UTF-8, else in base64 (RFC 4648,
+/// Encoding of bytes in a JSON string: as they are if they are UTF-8, else base64 (RFC 4648,
 /// section 4). Lossless either way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -66,7 +66,7 @@ impl RequestSeries {
     }
 }
 
-/// What the serving side counts, and everybody who counts too.
+/// The counters of the serving side, and the sources of all others.
 pub struct Metrics {
     series: [[RequestSeries; METHODS.len()]; Dialect::ALL.len()],
     /// By their places in [`Code::ALL`].
@@ -111,7 +111,7 @@ impl Metrics {
         }
     }
 
-    /// The text of `/metrics`.
+    /// Returns the text of `/metrics`.
     pub fn render(&self, bodies: &Budget, answers: &Budget, changes: &ChangeWaiters) -> String {
         let mut text = Exposition::default();
         text.family(
@@ -254,8 +254,8 @@ fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Reques
     text.part("_count", &[("dialect", dialect), ("method", method)], total);
 }
 
-/// A client decides how many of its requests are slow: one of each dialect is told a minute, and
-/// the number of the others.
+/// Limits the log of slow requests, of which a client can make any number: one a minute for each
+/// dialect, with the number of the others.
 static SLOW: [Rarely; Dialect::ALL.len()] = [const { Rarely::new() }; Dialect::ALL.len()];
 
 /// One request being timed.
@@ -270,7 +270,7 @@ pub struct RequestTimer<'a> {
     key_hash: Option<u64>,
     class: usize,
     problem: Option<usize>,
-    /// What the answer is charged to.
+    /// The budget that the answer is charged to.
     answers: Option<&'a Arc<Budget>>,
     is_read: bool,
 }
@@ -300,7 +300,8 @@ impl<'a> RequestTimer<'a> {
         self.client
     }
 
-    /// The request changes nothing: where there is no room for its answer, it can be asked again.
+    /// Notes that the request changes nothing: if there is no room for its answer, it can be sent
+    /// again.
     pub fn mark_read_only(&mut self) {
         self.is_read = true;
     }
@@ -310,12 +311,12 @@ impl<'a> RequestTimer<'a> {
         self.key_hash = Some(xxh3_64(key));
     }
 
-    /// The client asks to be kept waiting, so that long is not slow.
+    /// Notes that the client asked to be kept waiting, so that so long is not slow.
     pub fn allow_wait(&mut self, wait: Duration) {
         self.slow += wait;
     }
 
-    /// Whose it is, where only the body tells.
+    /// Sets the dialect, where only the body tells it.
     pub fn dialect(&mut self, dialect: Dialect) {
         self.dialect = dialect;
     }
@@ -332,14 +333,15 @@ impl<'a> RequestTimer<'a> {
             Code::ALL.iter().position(|known| known.as_str() == *code)
         });
         self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
+        assert_ne!(self.class, 0, "a request with an answer is not cancelled");
         response
     }
 }
 
 impl RequestTimer<'_> {
-    /// What is answered in the place of an answer for which there is no room. That of a write says
-    /// that it may have been done; where the contract has no word for it, and the answer holds no
-    /// values, it is given all the same.
+    /// Returns what is answered if the budget has no room for the answer. That of a write says that
+    /// it may have been done; where the contract has no word for that, and the answer holds no
+    /// values, it is given without being charged.
     fn refuse(&self, unfit: Response, answers: &Budget) -> Response {
         let failure = Failure::no_room(answers);
         match (self.dialect, self.is_read) {

@@ -43,7 +43,7 @@ use crate::routing::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use crate::sm::kv::WriteRejection;
 use crate::types::{Address, PlanEpoch, Revision};
 
-/// What a client can rely on to tell errors apart.
+/// Stable codes by which clients tell errors apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
     InvalidRequest,
@@ -183,13 +183,17 @@ impl Problem {
         Self::with_code(code.as_str(), code.status(), code.title(), detail)
     }
 
-    /// One whose code is not of the table: `/readyz` alone has such.
+    /// Returns a problem whose code is not of the table: `/readyz` alone has such.
     pub fn with_code(
         code: &'static str,
         status: StatusCode,
         title: &'static str,
         detail: impl Into<String>,
     ) -> Self {
+        assert!(
+            status.is_client_error() || status.is_server_error(),
+            "a problem has a status of an error, not {status}"
+        );
         Self {
             code,
             status,
@@ -200,7 +204,7 @@ impl Problem {
         }
     }
 
-    /// 405 for a path that has other methods; the router adds `Allow`.
+    /// Returns 405 for a path that has other methods; the router adds `Allow`.
     pub fn method_not_allowed(method: &Method) -> Self {
         let detail = format!(
             "{} is not a method of this path",
@@ -223,7 +227,7 @@ impl Problem {
         self
     }
 
-    /// Seconds that the client should wait, if this problem passes.
+    /// Returns the seconds that the client should wait, if this problem passes.
     pub fn wait_s(&self) -> Option<u64> {
         let header = self
             .headers
@@ -256,7 +260,7 @@ impl Problem {
         }
     }
 
-    /// The media type, `type` and the rest of RFC 9457, section 3.
+    /// Returns the `type`, `title` and the rest of RFC 9457, section 3.
     pub fn body(&self) -> Value {
         let mut members = self.extensions.clone();
         members.insert("type".into(), format!("{TYPE_PREFIX}{}", self.code).into());
@@ -355,7 +359,7 @@ impl IntoResponse for Problem {
 #[derive(Debug, Clone, Copy)]
 pub struct ProblemCode(pub &'static str);
 
-/// The answer to a failed request for `uri`: a redirect or a problem.
+/// Answers a failed request for `uri` with a redirect or a problem.
 pub fn respond(failure: Failure, uri: &Uri) -> Response {
     match failure {
         Failure::Elsewhere { address, .. } => redirect(&address, uri),
@@ -363,7 +367,7 @@ pub fn respond(failure: Failure, uri: &Uri) -> Response {
     }
 }
 
-/// 307 to the same path and query at `address`.
+/// Answers 307 to the same path and query at `address`.
 pub fn redirect(address: &Address, uri: &Uri) -> Response {
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     let body = format!("leader is at {address}; use curl -L or ?proxy=true\n");
@@ -385,12 +389,12 @@ pub fn redirect(address: &Address, uri: &Uri) -> Response {
     }
 }
 
-/// The entity tag of a revision: strong, and nothing but its number.
+/// Returns the entity tag of a revision: strong, and nothing but its number.
 pub fn etag(revision: Revision) -> HeaderValue {
     quoted(revision.0)
 }
 
-/// The entity tag of the view: the epoch of its plan.
+/// Returns the entity tag of the view: the epoch of its plan.
 pub fn epoch_etag(epoch: PlanEpoch) -> HeaderValue {
     quoted(epoch.0)
 }
@@ -407,7 +411,7 @@ pub fn shortened(text: &str) -> &str {
         .map_or(text, |(end, _)| &text[..end])
 }
 
-/// `Retry-After` counts whole seconds, and 0 would invite a client to spin.
+/// Returns whole seconds for `Retry-After`, at least 1: with 0 a client would spin.
 pub fn retry_after_s(wait_ms: u64) -> u64 {
     wait_ms.div_ceil(1000).max(1)
 }

@@ -11,11 +11,11 @@ use super::prometheus::{Exposition, MetricKind};
 use crate::descriptors;
 use crate::sm::level::LEVEL;
 
-/// What the kernel counts time in before programs, on whatever machine (`USER_HZ`).
+/// The kernel's unit of CPU time towards programs, on any machine (`USER_HZ`).
 const TICKS_PER_S: f64 = 100.0;
 
-/// When this program began. Not the kernel's word for it, which stays the same when a node starts
-/// itself again: counters begin anew then.
+/// Start of this program. The kernel's own start time stays the same when a node starts itself
+/// again, and counters begin anew then.
 static STARTED_AT: LazyLock<SystemTime> = LazyLock::new(SystemTime::now);
 
 /// Notes that the program has begun, if that was not yet noted.

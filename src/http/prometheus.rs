@@ -7,7 +7,7 @@ pub trait MetricSource: Send + Sync + 'static {
     fn collect(&self, text: &mut Exposition);
 }
 
-/// What a family of samples is.
+/// The type of a metric family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MetricKind {
     Counter,
@@ -44,7 +44,7 @@ impl Exposition {
         self.part("", labels, value);
     }
 
-    /// A sample of a histogram: `suffix` is `_bucket`, `_sum` or `_count`.
+    /// Writes a sample of a histogram: `suffix` is `_bucket`, `_sum` or `_count`.
     pub fn part(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl fmt::Display) {
         let escape = |text: &str| {
             text.replace('\\', "\\\\")

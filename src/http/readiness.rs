@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Whether the process should be given requests.
+/// Tells whether the process should be given requests.
 pub trait Readiness: Send + Sync + 'static {
     fn ready(&self) -> Result<(), NotReady>;
 
@@ -12,7 +12,8 @@ pub trait Readiness: Send + Sync + 'static {
     }
 }
 
-/// Why not: a stable `code` for scripts (`spare`, `starting`, ...) and a reason for people.
+/// The reason why not: a stable `code` for scripts (`spare`, `starting`, ...) and a text for
+/// people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotReady {
     pub code: &'static str,

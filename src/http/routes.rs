@@ -1,6 +1,6 @@
 //! The route table.
 //!
-//! Keys stand in paths as any bytes. axum decodes path parameters lossily, so a key route is told
+//! Keys stand in paths as any bytes. axum decodes path parameters lossily, so a key route is found
 //! by its prefix in the fallback, and its key taken from the raw path. That is the hot path too: it
 //! goes through no middleware and no parameter extraction.
 
@@ -16,7 +16,7 @@ use super::dialect::Dialect;
 use super::problem::{Code, Problem, shortened};
 use super::{body, dialects, health, native, peer};
 
-/// The route table.
+/// Returns the route table over an app.
 pub fn router(app: App) -> Router {
     let mut router = Router::new()
         .route("/healthz", get(health::healthz))
@@ -45,7 +45,7 @@ pub fn router(app: App) -> Router {
         .with_state(Arc::new(app))
 }
 
-/// Routes whose rest is a key, and everything unknown.
+/// Handles routes whose rest is a key, and everything unknown.
 async fn dispatch_by_prefix(State(app): State<SharedApp>, request: Request) -> Response {
     if request.uri().path().starts_with(native::KEY_PREFIX) {
         return native::kv(&app, request).await;
@@ -60,7 +60,7 @@ async fn dispatch_by_prefix(State(app): State<SharedApp>, request: Request) -> R
     timer.finish(Problem::new(Code::UnknownRoute, detail).into_response())
 }
 
-/// The router itself adds `Allow`.
+/// Answers 405. The router itself adds `Allow`.
 async fn method_not_allowed(State(app): State<SharedApp>, request: Request) -> Response {
     let timer = app.start_timer(Dialect::Other, &request);
     let (parts, body) = request.into_parts();

@@ -34,6 +34,8 @@ use self::tally::{BenchProgress, RequestError, Tally};
 use self::worker::{BenchContext, Worker};
 use super::{CliError, Exit};
 
+/// Runs the load and prints the report.
+///
 /// # Errors
 ///
 /// When the arguments do not fit together, no server answers at the start, or the output is closed.
@@ -134,7 +136,7 @@ fn hide(showing: JoinHandle<()>) {
     }
 }
 
-/// A line each second: overwritten on a terminal, one below the other elsewhere.
+/// Shows progress once a second: overwritten on a terminal, one line below the other elsewhere.
 async fn show(progress: Arc<BenchProgress>, start: Instant, measured_from: Instant) {
     let terminal = io::stderr().is_terminal();
     let (before, after) = if terminal {

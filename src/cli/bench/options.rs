@@ -1,4 +1,4 @@
-//! What `quorate bench` is told.
+//! The arguments of `quorate bench`, and the plan that they make.
 
 use std::fmt;
 use std::str::FromStr;
@@ -95,7 +95,7 @@ pub struct BenchArguments {
     content_type: String,
 }
 
-/// What is asked.
+/// The mix of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Workload {
     Put,
@@ -134,7 +134,7 @@ impl fmt::Display for Workload {
     }
 }
 
-/// Whom the load goes to.
+/// The interface that the load goes to.
 #[derive(Debug)]
 pub enum LoadTarget {
     Native(Workload),
@@ -145,7 +145,7 @@ pub enum LoadTarget {
 #[derive(Debug)]
 pub struct BenchPlan {
     pub target: LoadTarget,
-    /// What the report calls it.
+    /// The name in the report.
     pub name: String,
     pub servers: Vec<Address>,
     pub timeout: Duration,
@@ -162,6 +162,8 @@ pub struct BenchPlan {
 }
 
 impl BenchPlan {
+    /// Returns the plan that the arguments make.
+    ///
     /// # Errors
     ///
     /// When the arguments do not fit together.

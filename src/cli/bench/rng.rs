@@ -20,19 +20,20 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// From 0 on, below `bound`, which is above 0. The bias of the multiplication is below 2^-32
-    /// for what is used here.
+    /// Returns a number from 0 on, below `bound`, which is above 0. The bias of the multiplication
+    /// is below 2^-32 for what is used here.
     pub fn below(&mut self, bound: u64) -> u64 {
+        assert_ne!(bound, 0);
         ((u128::from(self.next_u64()) * u128::from(bound)) >> 64) as u64
     }
 
-    /// From 0 on, below 1.
+    /// Returns a number from 0 on, below 1.
     pub fn fraction(&mut self) -> f64 {
         (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
-/// How often which key is asked for.
+/// The probability of each key.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Distribution {
     Uniform,

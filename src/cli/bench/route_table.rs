@@ -24,7 +24,8 @@ pub struct SlotRoutes {
 }
 
 impl SlotRoutes {
-    /// The nodes of a slot's shard, the likeliest leader first. Empty if nobody owns the slot.
+    /// Returns the nodes of a slot's shard, the likeliest leader first. Empty if nobody owns the
+    /// slot.
     pub fn nodes(&self, slot: Slot) -> &[Address] {
         &self.nodes[self.lists[slot.index()]]
     }

@@ -12,15 +12,16 @@ pub struct RequestSchedule {
     end: Instant,
     /// None: as soon as the worker is free.
     rate: Option<f64>,
-    /// When what was due and could not be sent is given up: a rate above what the servers take
-    /// would never end.
+    /// Requests that are due and could not be sent are given up from here on: a rate above what the
+    /// servers take would never end.
     give_up: Instant,
     issued: AtomicU64,
     sent: AtomicU64,
 }
 
 impl RequestSchedule {
-    /// `grace`: how long after the end late requests are still sent.
+    /// Returns the schedule from `start` to `end`. Late requests are sent for `grace` after the
+    /// end.
     pub fn new(start: Instant, end: Instant, rate: Option<f64>, grace: Duration) -> Self {
         Self {
             start,
@@ -32,7 +33,7 @@ impl RequestSchedule {
         }
     }
 
-    /// How many requests were due and never sent.
+    /// Returns how many requests were due and never sent.
     pub fn unsent(&self) -> u64 {
         let due = self.rate.map_or(0.0, |rate| {
             (rate * (self.end - self.start).as_secs_f64()).ceil()

@@ -17,7 +17,7 @@ pub struct BenchProgress {
     pub errors: AtomicU64,
 }
 
-/// Why a request is not counted as done.
+/// The reason why a request is not counted as done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RequestError {
     /// No connection.
@@ -51,7 +51,7 @@ impl RequestError {
 pub struct Tally {
     latencies_us: Histogram<u64>,
     pub errors: BTreeMap<RequestError, u64>,
-    /// Answered "no such key": done all the same.
+    /// Answered "no such key", which counts as done.
     pub missing: u64,
     /// Followed within a request.
     pub redirects: u64,
@@ -94,7 +94,7 @@ impl Tally {
         self.redirects += other.redirects;
     }
 
-    /// Number of requests done.
+    /// Returns the number of requests done.
     pub fn count(&self) -> u64 {
         self.latencies_us.len()
     }

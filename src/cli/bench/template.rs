@@ -11,7 +11,7 @@ use percent_encoding::percent_encode;
 use crate::client::native::KEY_ESCAPES;
 use crate::types::Address;
 
-/// What a request is made of.
+/// The parts that requests are made of.
 #[derive(Debug)]
 pub struct Template {
     method: Method,
@@ -42,6 +42,8 @@ const PLACES: [(&str, TemplatePart); 4] = [
 ];
 
 impl Template {
+    /// Parses the templates of the URL and of the body.
+    ///
     /// # Errors
     ///
     /// What is wrong with the URL or the content type.
@@ -78,11 +80,13 @@ impl Template {
         })
     }
 
-    /// The server that a worker keeps to.
+    /// Returns the server that a worker keeps to.
     pub fn server(&self, worker: usize) -> &Address {
         &self.targets[worker % self.targets.len()].0
     }
 
+    /// Fills the templates in and returns the request.
+    ///
     /// # Errors
     ///
     /// When what is filled in makes no URI.
@@ -152,7 +156,8 @@ impl TemplateText {
         Self(parts)
     }
 
-    /// `key` is the key as it stands in this kind of text, `raw_key` what base64 is made of.
+    /// Fills in the placeholders. `key` is the key as it stands in this kind of text, `raw_key` is
+    /// what base64 is made of.
     fn fill(&self, key: &[u8], raw_key: &[u8], value: &[u8]) -> Vec<u8> {
         let mut text = Vec::with_capacity(64 + value.len() * 2);
         for part in &self.0 {

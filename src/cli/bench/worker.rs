@@ -35,16 +35,18 @@ const ERROR_PAUSE: Duration = Duration::from_millis(10);
 /// Values are cut from this many bytes more than one needs, so that they differ.
 const VALUE_SPREAD_BYTES: usize = 64 << 10;
 
-/// What all workers have in common.
+/// Shared by all workers.
 pub struct BenchContext {
     pub plan: BenchPlan,
     chooser: KeyChooser,
     values: Bytes,
-    /// Of the native dialect.
+    /// Used by the native dialect alone.
     route_table: Option<RouteTable>,
 }
 
 impl BenchContext {
+    /// Makes the values, and asks for the shard map where the load is of the native dialect.
+    ///
     /// # Errors
     ///
     /// When no server tells the shard map.
@@ -80,7 +82,7 @@ impl BenchContext {
     }
 }
 
-/// What one request asks.
+/// A request of the native dialect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum RequestKind {
     Put,
@@ -105,7 +107,7 @@ struct PooledConnection {
     host: HeaderValue,
 }
 
-/// How a request ended that was answered.
+/// An answered request.
 enum RequestOutcome {
     Done,
     Missing,
@@ -195,7 +197,8 @@ impl Worker {
         }
     }
 
-    /// What is wrong may be the map; and errors must not come faster than answers.
+    /// Refreshes the routes and pauses: the map may be wrong, and errors must not come faster than
+    /// answers.
     async fn recover(&mut self, error: RequestError) {
         self.refresh().await;
         match error {
@@ -282,6 +285,7 @@ impl Worker {
                     status => return Err(RequestError::Status(status.as_u16())),
                 },
             };
+            // The map may name a node that is gone.
             if error == RequestError::Connect {
                 self.refresh().await;
                 address = self
@@ -306,7 +310,7 @@ impl Worker {
         }
     }
 
-    /// Another node of the key's shard than one that can't be reached.
+    /// Returns another node of the key's shard than one that can't be reached.
     fn route_past(&mut self, key: &[u8], unreachable: &Address) -> Option<Address> {
         let nodes = self.routes()?.nodes(slot_of(key));
         let at = nodes
@@ -316,7 +320,8 @@ impl Worker {
         nodes.get(at % nodes.len().max(1)).cloned()
     }
 
-    /// The leader of the key's shard; for stale reads any of its nodes, each worker another.
+    /// Returns the leader of the key's shard; for stale reads any of its nodes, another for each
+    /// worker.
     fn route(&mut self, key: &[u8], kind: RequestKind) -> Option<Address> {
         let worker = self.number;
         let nodes = self.routes()?.nodes(slot_of(key));
@@ -326,7 +331,7 @@ impl Worker {
         }
     }
 
-    /// The newest that are known.
+    /// Returns the newest routes that are known.
     fn routes(&mut self) -> Option<&SlotRoutes> {
         let route_table = self.context.route_table.as_ref()?;
         let generation = route_table.generation();
@@ -340,7 +345,8 @@ impl Worker {
         self.routes.as_ref().map(|(_, routes)| routes.as_ref())
     }
 
-    /// One request and its whole answer. The connection is kept only if it is good for another.
+    /// Sends one request and reads its whole answer. The connection is kept only if it is good for
+    /// another.
     async fn exchange(
         &mut self,
         address: &Address,

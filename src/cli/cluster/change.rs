@@ -22,7 +22,7 @@ use crate::api::view_change::{
 use crate::cli::{CliError, Exit};
 use crate::types::Address;
 
-/// How often a plan is drawn up again because the view has changed meanwhile. Others would have to
+/// Drafts of a plan before giving up because the view has changed meanwhile. Others would have to
 /// be quick to do that thrice.
 const DRAFTS_MAX: usize = 3;
 /// Between two looks at a node that is not ready to join.
@@ -122,7 +122,7 @@ impl<O: Args> ChangeCommand<O> {
         }
     }
 
-    /// The change that this asks for, of a cluster that is so.
+    /// Returns the change that this command asks of a cluster with this status.
     fn change(&self, status: &ClusterStatus) -> Result<ViewChange, CliError> {
         let mut members = MemberList::of(status);
         match self {
@@ -203,7 +203,7 @@ impl MemberList {
     }
 }
 
-/// `quorate cluster plan ...`
+/// Runs `quorate cluster plan ...`: prints what a change would take.
 ///
 /// # Errors
 ///
@@ -266,9 +266,9 @@ fn began(accepted: &ChangeInProgress, json: bool) -> Result<Exit, CliError> {
     }
 }
 
-/// The change that the verb asks for, and its plan, both of the same view. A node that is not ready
-/// to join, because it has just been started or has yet to notice that it left, is waited for until
-/// the timeout.
+/// Returns the change that the command asks for and its plan, both of the same view. Waits until
+/// the timeout for a node that is not ready to join, because it has just been started or has yet to
+/// notice that it left.
 async fn draft<O: Args>(
     cluster: &mut ClusterClient,
     command: &ChangeCommand<O>,
@@ -296,6 +296,8 @@ async fn draft<O: Args>(
             }
             Err(failure) => failure,
         };
+
+        // A node that was just started becomes ready by itself; nothing else does.
         let is_worth_waiting = matches!(failure, ViewChangeFailure::NotReady { .. });
         if !is_worth_waiting || Instant::now() + NOT_READY_PAUSE >= deadline {
             return Err(failure.into());

@@ -16,7 +16,7 @@ use crate::routing::peer_caller::PeerCaller;
 const LOOKS_MAX: usize = 20;
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long one node is waited for.
+/// Time for the answer of one node.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Returns what the level is, and what becomes of it.

@@ -100,6 +100,8 @@ enum ClusterCommand {
     },
 }
 
+/// Runs one command about a cluster.
+///
 /// # Errors
 ///
 /// When nobody answers, a change is refused, or standard output is closed.
@@ -163,7 +165,7 @@ async fn show(cluster: &mut ClusterClient, json: bool) -> Result<String, CliErro
     if json {
         return Ok(as_json(&status));
     }
-    // Without it the status is shown all the same.
+    // The status is shown without it too.
     let running = match status.settled {
         true => None,
         false => cluster

@@ -4,21 +4,23 @@ use std::io::{self, Write};
 
 use crate::cli::{CliError, Exit};
 
-/// What the exit codes of a change mean.
+/// The exit codes of a change, in its help.
 pub const CHANGE_EXIT_CODES: &str = "Exit codes: 0 done, 1 refused, not confirmed or overtaken by \
 a later change, 2 usage, 3 unavailable or of unknown outcome, 130 interrupted: a change that was \
 accepted goes on by itself.";
 
-/// What the exit codes of a scrub mean.
+/// The exit codes of a scrub, in its help.
 pub const SCRUB_EXIT_CODES: &str = "Exit codes: 0 nothing is damaged, 1 something was, mended or \
-not, 2 usage, 3 a node did not answer or stopped, 130 interrupted: a scrub that has begun goes on by \
-itself.";
+not, 2 usage, 3 a node did not answer or stopped, 130 interrupted: a scrub that has begun goes on \
+by itself.";
 
+/// Returns the value as indented JSON with a newline.
 pub fn as_json(value: &impl serde::Serialize) -> String {
     serde_json::to_string_pretty(value)
         .map_or_else(|error| format!("{error}\n"), |text| format!("{text}\n"))
 }
 
+/// Writes a result to standard output.
 pub fn print(text: &str) -> Result<Exit, CliError> {
     let mut output = io::stdout().lock();
     output
@@ -28,11 +30,12 @@ pub fn print(text: &str) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
-/// A line for people, on standard error: standard output is for results.
+/// Writes a line for people to standard error: standard output is for results.
 pub fn print_error_line(text: &str) {
     drop(writeln!(io::stderr(), "{text}"));
 }
 
+/// Returns a size in words: `1.5 KiB`.
 pub fn bytes(count: u64) -> String {
     let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     match units.into_iter().find(|(size, _)| count >= *size) {
@@ -41,7 +44,7 @@ pub fn bytes(count: u64) -> String {
     }
 }
 
-/// "1 slot", "2 slots".
+/// Returns a number with its noun: `1 slot`, `2 slots`.
 pub fn count(number: u64, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }

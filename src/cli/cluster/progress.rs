@@ -17,12 +17,12 @@ use crate::cli::{CliError, Exit};
 /// Between two looks: small changes are done in a moment.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(50);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
-/// How long one look may take: the line should say soon that nobody answers.
+/// Timeout of one look: the line should say soon that nobody answers.
 const LOOK_TIMEOUT_MAX: Duration = Duration::from_secs(3);
 /// Between two lines where they are not written over each other.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
-/// When nobody has told anything for so long, or for the `--timeout` if that is longer, the wait is
-/// given up. An election takes a second, a restart less than a minute.
+/// The wait is given up after so much silence, or the `--timeout` if that is longer. An election
+/// takes a second, a restart less than a minute.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Signs in a full bar.
 const BAR_WIDTH: u64 = 20;
@@ -46,6 +46,8 @@ impl<'a> ChangeFollower<'a> {
         }
     }
 
+    /// Waits for the end of a change and shows how it gets on.
+    ///
     /// # Errors
     ///
     /// When a later plan has taken over, or nobody answers any more.
@@ -133,7 +135,7 @@ impl<'a> ChangeFollower<'a> {
     }
 }
 
-/// How far a change is: what is left of the most that ever was.
+/// Draws how far a change is, from what is left and the most that ever was left.
 #[derive(Default)]
 struct ProgressBar {
     most: u64,
@@ -171,7 +173,7 @@ pub(super) fn bar(done: u64, most: u64) -> String {
     format!("[{}{}]", "#".repeat(full), "-".repeat(empty))
 }
 
-/// What is left to do, in words.
+/// Returns what is left to do, in words.
 pub fn what_is_left(change: &ChangeInProgress) -> String {
     let mut parts = Vec::new();
     if change.replicas_left > 0 {

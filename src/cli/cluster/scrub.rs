@@ -206,7 +206,7 @@ fn result((node, state): (&Address, &ScrubState)) -> Option<String> {
     Some(text)
 }
 
-/// Damage weighs more than that something is not known.
+/// Returns the outcome of all nodes: damage weighs more than that something is not known.
 fn conclude<'a>(states: impl Iterator<Item = &'a ScrubState>) -> Result<Exit, CliError> {
     let mut unknown = 0;
     for state in states {

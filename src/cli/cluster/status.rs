@@ -12,8 +12,8 @@ use crate::types::{Address, NodeId};
 /// Shards that are named in one line.
 const SHARDS_NAMED_MAX: usize = 8;
 
-/// The tables of nodes and shards, and what is under way. `running`: how the change of the last
-/// plan gets on, as far as that is known.
+/// Returns the tables of nodes and shards, and what is under way. `running` says how the change of
+/// the last plan gets on, as far as that is known.
 pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> String {
     let addresses: BTreeMap<NodeId, &Address> = status
         .nodes
@@ -112,7 +112,7 @@ pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Str
 /// Replicas named one by one; of more only the number is told.
 const FAILURES_NAMED_MAX: usize = 20;
 
-/// Replicas that do not run, since when and why.
+/// Returns a line for each replica that does not run: since when and why.
 fn failures(status: &ClusterStatus) -> String {
     let all = status
         .nodes
@@ -137,7 +137,7 @@ fn failures(status: &ClusterStatus) -> String {
     text
 }
 
-/// What can't be done now for want of a quorum, and who is missing.
+/// Returns what can't be done now because a quorum is missing, and which nodes are away.
 fn without_quorum(status: &ClusterStatus) -> String {
     let mut lines = String::new();
     let here = status.nodes.iter().filter(|node| node.reachable).count();
@@ -181,8 +181,8 @@ fn without_quorum(status: &ClusterStatus) -> String {
     lines
 }
 
-/// Whether nobody leads the shard, or half of those that vote are away. That a leader says so
-/// itself does not yet mean that anybody follows it.
+/// Returns true if the shard has no leader, or half of its voters are away. A leader that says so
+/// itself may have no followers.
 fn lacks_quorum(shard: &ShardStatus) -> bool {
     let is_away = |replica: &&ReplicaStatus| {
         matches!(
@@ -212,7 +212,7 @@ fn alarms(status: &ClusterStatus) -> String {
     status.shards.iter().filter_map(alarm).collect()
 }
 
-/// What an even number of replicas without a witness means.
+/// Returns a warning where shards have an even number of replicas and no witness.
 fn unwitnessed(status: &ClusterStatus) -> String {
     let is_even = |shard: &&ShardStatus| {
         let replicas = shard
@@ -251,7 +251,7 @@ fn remarks(status: &ClusterStatus, node: &NodeStatus) -> String {
         .join(", ")
 }
 
-/// Nothing, where everything is as the plan says.
+/// Returns what is being carried out. Empty where everything is as the plan says.
 fn under_way(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> String {
     if status.settled {
         return String::new();
@@ -309,7 +309,7 @@ fn replicas(shard: &ShardStatus, name: &dyn Fn(NodeId) -> String) -> String {
         .join(" ")
 }
 
-/// Columns as wide as their widest cell; the last is not padded.
+/// Returns a table with columns as wide as their widest cell; the last is not padded.
 fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     let head: Vec<String> = head.iter().map(|cell| (*cell).to_owned()).collect();
     let width = |column: usize| {

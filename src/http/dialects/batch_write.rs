@@ -26,8 +26,7 @@ use crate::api::store::{Failure, Options, Store, WriteFailure, Written as Answer
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
 
-/// What goes into one entry: enough to be worth its fsync, and too little to hold up what comes
-/// after it.
+/// Size of one entry: enough to be worth its fsync, and too little to delay what comes after it.
 const ENTRY_BYTES: usize = 1 << 20;
 
 /// Small pairs are bounded by their number: it is what an entry takes to be applied. The first
@@ -54,7 +53,7 @@ const STALL_MAX: Duration = Duration::from_secs(20);
 /// After an entry that was not taken: what refuses at once must not be asked again within a moment.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
-/// What is to be stored, and under which key. Both have a length that the store takes.
+/// A key and the value to be stored under it. Both have a length that the store takes.
 #[derive(Debug, Clone)]
 pub struct Pair {
     pub key: Bytes,
@@ -69,17 +68,18 @@ pub enum PairEncoding {
     Bits,
 }
 
-/// What became of a batch.
+/// The outcome of a batch.
 #[derive(Debug, Default)]
 pub struct BatchOutcome {
     /// The places of pairs that are not known to be stored, in order.
     pub failed: Vec<usize>,
-    /// Why, of one of them.
+    /// The reason of one of them.
     pub failure: Option<DialectError>,
     /// Shards that took at least one entry.
     pub shards: usize,
 }
 
+/// Writes the pairs to their shards, and returns which are not known to be stored.
 pub async fn write(store: &dyn Store, pairs: &[Pair]) -> BatchOutcome {
     let map = match store.map(options()).await {
         Ok(map) => map,
@@ -111,16 +111,21 @@ pub async fn write(store: &dyn Store, pairs: &[Pair]) -> BatchOutcome {
         whole.shards += part.shards;
     }
     whole.failed.sort_unstable();
+    assert!(
+        whole.failed.is_sorted_by(|one, next| one < next),
+        "each pair fails once"
+    );
     whole
 }
 
-/// The pairs at `indices`, which one shard owns as far as is known.
+/// Writes the pairs at `indices`, which one shard owns according to the map.
 async fn write_shard(store: &dyn Store, pairs: &[Pair], indices: Vec<usize>) -> BatchOutcome {
     let mut rest = VecDeque::from(indices);
     let mut outcome = BatchOutcome::default();
     let (mut last_progress, mut operations_max) = (Instant::now(), OPERATIONS_AT_FIRST);
     while !rest.is_empty() {
         let len = entry_len(pairs, rest.iter(), operations_max);
+        assert!((1..=rest.len()).contains(&len), "each entry takes a pair");
         let entry: Vec<usize> = rest.drain(..len).collect();
         let begun = Instant::now();
         let answers = write_entry(store, entry.iter().map(|index| &pairs[*index])).await;
@@ -131,10 +136,13 @@ async fn write_shard(store: &dyn Store, pairs: &[Pair], indices: Vec<usize>) -> 
             rest.push_front(index);
         }
         operations_max = next_operations_max(operations_max, begun.elapsed(), unfinished.is_none());
+
         let Some(failure) = unfinished else {
             last_progress = Instant::now();
             continue;
         };
+
+        // Without a quorum the rest would fail one entry after the other, each after its timeout.
         let Some(next) = rest.front() else { break };
         let patience = ANSWER_TIMEOUT
             .saturating_sub(last_progress.elapsed())
@@ -177,7 +185,8 @@ async fn write_entry<'a>(
     }
 }
 
-/// Whether the shard of a key answers a linearizable read, or has too much to do to answer it.
+/// Returns true if the shard of a key answers a linearizable read, or has too much to do to answer
+/// it.
 async fn has_quorum(store: &dyn Store, key: &Bytes, patience: Duration) -> bool {
     match store
         .get(
@@ -194,11 +203,11 @@ async fn has_quorum(store: &dyn Store, key: &Bytes, patience: Duration) -> bool 
     }
 }
 
-/// What is to be done after an entry.
+/// The outcome of an entry.
 struct EntryOutcome {
-    /// What was certainly not done.
+    /// Pairs that were certainly not stored.
     retry: Vec<usize>,
-    /// Why the entry was not taken as a whole.
+    /// The reason why the entry was not taken as a whole.
     unfinished: Option<Failure>,
 }
 
@@ -257,8 +266,8 @@ impl Pair {
     }
 }
 
-/// How many operations the next entry may have, after one of `current` that was taken, or not, in
-/// so long.
+/// Returns how many operations the next entry may have, after one with `current` that took so long
+/// and was taken or not.
 fn next_operations_max(current: usize, took: Duration, was_taken: bool) -> usize {
     let next = match took {
         _ if !was_taken => current / 2,
@@ -269,7 +278,7 @@ fn next_operations_max(current: usize, took: Duration, was_taken: bool) -> usize
     next.clamp(OPERATIONS_MIN, OPERATIONS_MAX)
 }
 
-/// How many of the pairs at `indices` make the next entry: one at least.
+/// Returns how many of the pairs at `indices` make the next entry: at least one.
 fn entry_len<'a>(
     pairs: &[Pair],
     indices: impl Iterator<Item = &'a usize>,

@@ -12,23 +12,23 @@ use crate::types::{KEY_BYTES_MAX, RESERVED_PREFIX};
 
 const MEDIA: &str = "application/vnd.quorate.bits";
 
-/// The media type of a stored bit string.
+/// Returns the media type of a stored bit string.
 pub fn media() -> Media {
     Media::Other(MEDIA.to_owned())
 }
 
-/// Whether a stored value is a bit string.
+/// Returns true if a stored value is a bit string.
 pub fn is_stored_as_bits(media: &Media, text: &str) -> bool {
     matches!(media, Media::Other(name) if name == MEDIA) && is_bit_string(text)
 }
 
-/// Whether `text` is a bit string.
+/// Returns true if `text` is a bit string.
 pub fn is_bit_string(text: &str) -> bool {
     text.bytes().all(|byte| matches!(byte, b'0' | b'1'))
 }
 
-/// What the `binary` key with this data is stored under; none: it is empty, too long, or no bit
-/// string.
+/// Returns what the `binary` key with this data is stored under. None if it is empty, too long, or
+/// no bit string.
 pub fn key(data: &str) -> Option<Bytes> {
     if !(1..=KEY_BYTES_MAX).contains(&data.len()) || !is_bit_string(data) {
         return None;
@@ -47,7 +47,8 @@ pub fn key(data: &str) -> Option<Bytes> {
     )
 }
 
-/// The data of the `binary` key that is stored under `key`; none: that is another key.
+/// Returns the data of the `binary` key that is stored under `key`. None if that is another kind of
+/// key.
 pub fn data(key: &[u8]) -> Option<String> {
     let packed = key.strip_prefix(&RESERVED_PREFIX)?;
     let mut data = to_text(packed);
@@ -55,7 +56,7 @@ pub fn data(key: &[u8]) -> Option<String> {
     Some(data)
 }
 
-/// The bits of `bytes`, 8 characters each.
+/// Returns the bits of `bytes`, 8 characters each.
 pub fn to_text(bytes: &[u8]) -> String {
     bytes
         .iter()

@@ -36,11 +36,11 @@ const PAGE_ITEMS: usize = 2000;
 
 /// A JSON text in pieces.
 pub trait JsonChunks: Send + 'static {
-    /// The next piece; none: that was all.
+    /// Returns the next chunk; None after the last.
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, Failure>>;
 }
 
-/// Answers 200 with the text, of which every piece is charged to `answers` until it is sent.
+/// Answers 200 with the text. Every chunk is charged to `answers` until it is sent.
 pub async fn respond(
     answers: &Arc<Budget>,
     chunks: impl JsonChunks,
@@ -58,6 +58,7 @@ pub async fn respond(
     while let Some(chunk) = rest.try_next().await? {
         bytes += chunk.len();
         buffered.push(chunk);
+        // Too long to hold back: from here on a failure can only break the answer off.
         if bytes > BUFFERED_BYTES_MAX {
             let rest =
                 rest.inspect_err(|failure| rarely!(warn, %failure, "a long answer is broken off"));
@@ -85,7 +86,7 @@ fn join(mut chunks: Vec<Bytes>, answers: &Arc<Budget>) -> Result<Bytes, Failure>
     Ok(share.hold(Bytes::from(chunks.concat())))
 }
 
-/// Puts a string into a JSON text.
+/// Appends a string to a JSON text, quoted and escaped.
 pub fn push_text(json: &mut Vec<u8>, text: &str) {
     serde_json::to_writer(json, text).expect("writing a string to memory does not fail");
 }
@@ -95,7 +96,7 @@ pub struct KeyLookup {
     store: Arc<dyn Store>,
     keys: BudgetedVec<Bytes>,
     keys_only: bool,
-    /// How many are asked for next: fewer where values are large.
+    /// Keys asked for next: fewer where values are large.
     window: usize,
     read: std::vec::IntoIter<Option<Record>>,
     next: usize,
@@ -118,7 +119,7 @@ impl KeyLookup {
         &self.keys[index]
     }
 
-    /// The place of the next key, and what is stored under it.
+    /// Returns the index of the next key, and what is stored under it.
     pub async fn next(&mut self) -> Result<Option<(usize, Option<Record>)>, Failure> {
         let index = self.next;
         let Some(key) = self.keys.get(index) else {
@@ -172,7 +173,7 @@ impl KeyLookup {
 pub struct FullScan {
     store: Arc<dyn Store>,
     page: std::vec::IntoIter<Item>,
-    /// Where the next page begins; none: that was the last.
+    /// Start of the next page; None after the last.
     start: Option<Bytes>,
 }
 

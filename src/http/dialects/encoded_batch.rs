@@ -14,7 +14,7 @@
 //!   others stored is shown as `string` where it is UTF-8, and else as `binary`, 8 characters to
 //!   the byte; a key of theirs that is shown so is not the `binary` key of that name.
 //! - A key in `keys_failed` stands as it was sent. Where there was no quorum, or an answer was
-//!   lost, its pair may be stored all the same.
+//!   lost, its pair may still be stored.
 //! - A batch is written in many steps, and is not atomic. Every pair counts in `keys_added` that
 //!   was stored, also if a later one of the same key took its place.
 //! - A key that can't exist, because of its encoding or its length, is missing. An element that is
@@ -45,7 +45,7 @@ use crate::http::limits::Limits;
 use crate::sm::kv::Record;
 use crate::types::KEY_BYTES_MAX;
 
-/// What stands for a key that was not sent and a value that does not exist.
+/// Stands for a key that was not sent and a value that does not exist.
 const NO_VALUE: &str = r#"{"encoding":"","data":""}"#;
 
 /// Elements of a list: one of 64 MiB has no more keys than this, but could have more of `{}`, each
@@ -67,7 +67,8 @@ enum EncodedText<'a> {
 }
 
 impl<'a> EncodedText<'a> {
-    /// None: the encoding is unknown, or something is missing or not what the encoding says.
+    /// Reads an encoded key or value. None if the encoding is unknown, or something is missing or
+    /// not what the encoding says.
     fn read(json: &'a RawValue) -> Option<Self> {
         let encoded: PairObject<'a, EncodedMembers> = serde_json::from_str(json.get()).ok()?;
         let JsonText(encoding) = serde_json::from_str(encoded.first?.get()).ok()?;
@@ -79,7 +80,7 @@ impl<'a> EncodedText<'a> {
         }
     }
 
-    /// What such a key is stored under; none: it can't exist.
+    /// Returns what such a key is stored under. None if it can't exist.
     fn into_key(self, body: &Bytes) -> Option<Bytes> {
         match self {
             EncodedText::String(text) => {
@@ -90,7 +91,7 @@ impl<'a> EncodedText<'a> {
     }
 }
 
-/// What a batch comes to.
+/// The pairs of a batch.
 struct EncodedPairs {
     pairs: BudgetedVec<Pair>,
     /// The keys of `pairs`, as they were sent.
@@ -155,12 +156,12 @@ fn check_count(count: &mut usize) -> Result<(), DialectError> {
     Ok(())
 }
 
-/// The text of a value, as a part of the body it was read from.
+/// Returns the text of a JSON value, as a part of the body that it was read from.
 fn raw_text(body: &Bytes, json: &RawValue) -> Bytes {
     body.slice_ref(json.get().as_bytes())
 }
 
-/// `PUT /set`
+/// Handles `PUT /set`.
 pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
     let limits = app.limits.clone();
     let batch = json_list::apart(body.len(), move || {
@@ -188,17 +189,17 @@ pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
     Ok(answer(status, JSON, json))
 }
 
-/// `POST /fetch`
+/// Handles `POST /fetch`.
 pub async fn fetch(State(app): State<SharedApp>, request: Request) -> Response {
     look_up(&app, request, LookupKind::Values).await
 }
 
-/// `POST /query`
+/// Handles `POST /query`.
 pub async fn query(State(app): State<SharedApp>, request: Request) -> Response {
     look_up(&app, request, LookupKind::Existence).await
 }
 
-/// `GET /fetch`
+/// Handles `GET /fetch`.
 pub async fn everything(State(app): State<SharedApp>, request: Request) -> Response {
     let timer = app.start_timer(Dialect::EncodedBatch, &request);
     let chunks = ScanChunks {
@@ -212,7 +213,7 @@ pub async fn everything(State(app): State<SharedApp>, request: Request) -> Respo
     )
 }
 
-/// What is asked of keys.
+/// The question asked about each key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LookupKind {
     Values,
@@ -356,7 +357,8 @@ impl JsonChunks for ScanChunks {
     }
 }
 
-/// The end of a list that would go on with `opening`: one that was never opened is empty.
+/// Returns the end of a list that would go on with `opening`. A list that was never opened is
+/// empty.
 fn closing(opening: &str) -> &'static str {
     if opening == "[" { "[]" } else { "]" }
 }

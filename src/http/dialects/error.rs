@@ -31,8 +31,8 @@ impl DialectError {
         Self::new(StatusCode::BAD_REQUEST, error)
     }
 
-    /// A store that leaves a request without an answer has broken its promise, and nobody knows
-    /// what happened.
+    /// Returns the error for a store that gave no answer: it has broken its promise, and the
+    /// outcome is unknown.
     pub fn unanswered() -> Self {
         Failure::Unknown {
             reason: "the store gave no answer".to_owned(),
@@ -40,7 +40,7 @@ impl DialectError {
         .into()
     }
 
-    /// Of a batch, some is stored and some may not be.
+    /// Returns the error for a batch of which some is stored and some may not be.
     pub fn partly_stored() -> Self {
         Failure::Unknown {
             reason: "some of the batch is not known to be stored".to_owned(),
@@ -48,7 +48,7 @@ impl DialectError {
         .into()
     }
 
-    /// `{"error":"...","message":"Error in PUT"}`
+    /// Answers with `{"error":"...","message":"Error in PUT"}`.
     pub fn respond(&self, method: &Method) -> Response {
         #[derive(Serialize)]
         struct ErrorJson<'a> {
@@ -107,7 +107,7 @@ impl From<Failure> for DialectError {
     }
 }
 
-/// 405, with what the path allows.
+/// Answers 405, with what the path allows.
 pub fn method_not_allowed(parts: &Parts, allowed: &'static str) -> Response {
     let mut response = DialectError::new(Code::MethodNotAllowed.status(), "Method not allowed")
         .respond(&parts.method);
@@ -127,7 +127,7 @@ pub fn respond_as_load_balancer(refusal: &DialectError, method: &Method) -> Resp
     response
 }
 
-/// The answer to a read for whose answer there is no room.
+/// Answers a read for whose answer there is no room.
 pub fn no_room(dialect: Dialect, failure: Failure) -> Response {
     match dialect {
         Dialect::LoadBalancer => respond_as_load_balancer(&failure.into(), &Method::GET),

@@ -20,7 +20,7 @@ const LARGE_BYTES: usize = 256 << 10;
 /// Elements that [`BudgetedVec`] has room for at first.
 const CAPACITY_MIN: usize = 16;
 
-/// What an object says under two names, the last of each; what else it says is left out.
+/// Two members of an object, the last of each name; all others are skipped.
 #[derive(Debug, Clone, Copy)]
 pub struct PairObject<'a, N> {
     pub first: Option<&'a RawValue>,
@@ -137,8 +137,8 @@ impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), DialectError>> V
     }
 }
 
-/// The first element of a list, whatever comes after it. None: there is none, or it is no such
-/// element.
+/// Returns the first element of a list, whatever comes after it. None if there is none, or it is no
+/// such element.
 pub fn first<'a, T: serde::Deserialize<'a>>(json: &'a [u8]) -> Option<T> {
     struct FirstVisitor<'m, T>(&'m mut Option<T>);
 
@@ -161,8 +161,8 @@ pub fn first<'a, T: serde::Deserialize<'a>>(json: &'a [u8]) -> Option<T> {
     first
 }
 
-/// What is kept of a list. Its memory is paid for from the budget that the bodies share: a small
-/// element grows when it is read.
+/// A list whose memory is paid for from the budget that the bodies share: small elements grow when
+/// they are read.
 #[derive(Debug)]
 pub struct BudgetedVec<T> {
     list: Vec<T>,
@@ -177,6 +177,8 @@ impl<T> BudgetedVec<T> {
         }
     }
 
+    /// Appends an element, and charges the memory for it.
+    ///
     /// # Errors
     ///
     /// 429 where the budget is spent: hence the small steps.

@@ -36,15 +36,15 @@ use crate::types::{GroupId, KEY_BYTES_MAX};
 const SET: &str = "/set/";
 const GET: &str = "/get/";
 
-/// How long a linearizable answer is waited for where a copy may answer instead, and how long that
-/// copy is given: together less than the 2 s that are promised.
+/// Timeouts of a linearizable read where a copy may answer instead, and of the read of that copy:
+/// together less than the 2 s that are promised.
 const QUORUM_TIMEOUT: Duration = Duration::from_millis(1500);
 const STALE_READ_TIMEOUT: Duration = Duration::from_millis(400);
 
-/// The same once somebody has waited in vain. Two nodes that are well answer in a few milliseconds.
+/// Timeout after another request has timed out. Two healthy nodes answer in a few milliseconds.
 const QUORUM_TIMEOUT_AFTER_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// Whether `path` is one of this dialect's with a key: that is one segment, and not empty.
+/// Returns true if `path` is one of this dialect's with a key: one segment that is not empty.
 pub fn owns(path: &str) -> bool {
     let key = path.strip_prefix(SET).or_else(|| path.strip_prefix(GET));
     key.is_some_and(|key| !key.is_empty() && !key.contains('/'))
@@ -81,6 +81,7 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
             return Err(refusal);
         }
     };
+
     let body = read_body(app, parts, body).await?;
     let given = body.bytes.clone();
     let read = json_list::apart(given.len(), move || {
@@ -92,6 +93,7 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
         return Err(DialectError::new(StatusCode::PAYLOAD_TOO_LARGE, error));
     }
+
     write(
         app,
         Operation {
@@ -104,8 +106,8 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
     Ok(from_server(&format!("stored key:value is {printed}")))
 }
 
-/// While the quorum is silent it is asked by a read first: that fails soon, and leaves nothing
-/// behind that might yet happen.
+/// Writes a key. While its quorum is silent it is asked by a read first: that fails soon, and
+/// leaves nothing behind that could still happen later.
 async fn write(app: &App, operation: Operation) -> Result<(), DialectError> {
     let pair = shard_on_two_nodes(app, &operation.key).await?;
     if let Some(shard) = pair.filter(|shard| app.quorum_timeouts.timed_out_recently(*shard)) {
@@ -128,7 +130,7 @@ async fn write(app: &App, operation: Operation) -> Result<(), DialectError> {
     }
 }
 
-/// The value that a body gives, as it is stored.
+/// Returns the value that a body gives, as it is stored.
 fn parse(body: &Bytes) -> Result<(Media, Bytes), DialectError> {
     let bad =
         |error: serde_json::Error| DialectError::bad_request(format!("Bad json format: {error}"));
@@ -176,8 +178,8 @@ async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
     Ok(response)
 }
 
-/// The value of a key. Two nodes are no quorum when one of them is down; then the other answers
-/// from what it has, and says how old that is.
+/// Returns the value of a key. Two nodes are no quorum when one of them is down; then the other
+/// answers from its own copy, and says how old that is.
 async fn find(app: &App, key: Bytes) -> Result<GetOutcome, Failure> {
     let Some(shard) = shard_on_two_nodes(app, &key).await? else {
         return app.store.get(key, options()).await;
@@ -195,7 +197,7 @@ async fn find(app: &App, key: Bytes) -> Result<GetOutcome, Failure> {
     }
 }
 
-/// The shard of a key, if it lives on two nodes.
+/// Returns the shard of a key, if it lives on two nodes.
 async fn shard_on_two_nodes(app: &App, key: &[u8]) -> Result<Option<GroupId>, Failure> {
     let map = app.store.map(options()).await?;
     let shard = map.owner_of(key);
@@ -203,8 +205,8 @@ async fn shard_on_two_nodes(app: &App, key: &[u8]) -> Result<Option<GroupId>, Fa
     Ok((map.nodes().count() == 2 || copies == 2).then_some(shard))
 }
 
-/// What a quorum of two nodes has of a key, waited for less patiently where somebody has just done
-/// so in vain.
+/// Reads a key from a quorum of two nodes, with a shorter timeout if another request has just timed
+/// out.
 async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<GetOutcome, Failure> {
     let timeout = if app.quorum_timeouts.timed_out_recently(shard) {
         QUORUM_TIMEOUT_AFTER_TIMEOUT
@@ -229,7 +231,7 @@ async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<GetOutcome,
     found
 }
 
-/// Whether nobody answered, as without a quorum.
+/// Returns true if the failure means that no quorum answered.
 fn is_no_answer(failure: &Failure) -> bool {
     match failure {
         Failure::Unavailable { .. } | Failure::Unknown { .. } | Failure::Elsewhere { .. } => true,
@@ -237,7 +239,7 @@ fn is_no_answer(failure: &Failure) -> bool {
     }
 }
 
-/// The key that a path ends in.
+/// Returns the key that a path ends in.
 fn key(path: &str) -> Result<Bytes, DialectError> {
     let escaped = path
         .strip_prefix(SET)
@@ -258,7 +260,7 @@ fn key(path: &str) -> Result<Bytes, DialectError> {
     }
 }
 
-/// A stored value as Python would print it.
+/// Returns a stored value as Python would print it.
 fn printed(media: &Media, value: &[u8]) -> String {
     match DisplayValue::new(media, value) {
         DisplayValue::Text(text) => text.to_owned(),
@@ -275,7 +277,7 @@ fn from_server(text: &str) -> Response {
     )
 }
 
-/// `GET /`: the servers, or what a browser is shown.
+/// Handles `GET /`: lists the servers, or shows a browser a page.
 pub async fn front_page(State(app): State<SharedApp>, request: Request) -> Response {
     let timer = app.start_timer(Dialect::LoadBalancer, &request);
     let accepted = request.headers().get_all(header::ACCEPT);

@@ -11,7 +11,7 @@
 //! A value written through one dialect is read through every other: a stored value is bytes and a
 //! media type, and [`value::DisplayValue`] is what the dialects make of it. They all proxy: the
 //! node asked fetches the answer. An answer that nobody can give comes within five seconds, as 503
-//! in the dialect's own form; a write may have happened all the same, which these dialects have no
+//! in the dialect's own form; a write may still have happened, which these dialects have no
 //! word for.
 //!
 //! Kept here is what they share. Paths that end in a key are told by their prefix ([`key_route`]),
@@ -49,7 +49,7 @@ pub(super) enum KeyRoute {
     Kvs,
 }
 
-/// The dialects' routes without a key in the path.
+/// Returns the dialects' routes without a key in the path.
 pub(super) fn routes() -> Router<SharedApp> {
     Router::new()
         .route("/", get(load_balancer::front_page))
@@ -67,7 +67,7 @@ pub(super) fn routes() -> Router<SharedApp> {
         .route("/get", put(plain_batch::get).post(plain_batch::get))
 }
 
-/// The dialect whose key route this path is.
+/// Returns the dialect whose key route this path is.
 pub(super) fn key_route(path: &str) -> Option<KeyRoute> {
     if kvs::owns(path) {
         return Some(KeyRoute::Kvs);

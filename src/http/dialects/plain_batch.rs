@@ -45,7 +45,7 @@ use crate::types::KEY_BYTES_MAX;
 
 const STORED: &str = "Success to set key";
 
-/// `POST /set`
+/// Handles `POST /set`.
 pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
     let limits = app.limits.clone();
     let (pairs, _body) = json_list::apart(body.len(), move || {
@@ -108,7 +108,7 @@ fn read_text(json: &RawValue, body: &Bytes) -> Result<Bytes, DialectError> {
         .map_err(bad)
 }
 
-/// `POST /get`
+/// Handles `POST /get`.
 pub async fn get(State(app): State<SharedApp>, request: Request) -> Response {
     let mut timer = app.start_timer(Dialect::PlainBatch, &request);
     timer.mark_read_only();
@@ -156,7 +156,7 @@ struct PlainGetChunks {
     _body: BodyBytes,
 }
 
-/// What comes next.
+/// The part of the answer that comes next.
 #[derive(Debug, Clone, Copy)]
 enum Stage {
     /// The next that exists, after so many.

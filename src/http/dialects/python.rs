@@ -9,7 +9,7 @@ use std::fmt::Write;
 use serde::de::IgnoredAny;
 use unicode_properties::{GeneralCategory, GeneralCategoryGroup, UnicodeGeneralCategory};
 
-/// What Python prints of a JSON text. None: it is not JSON.
+/// Returns what Python prints of a JSON text. None if it is not JSON.
 pub fn print(json: &str) -> Option<String> {
     serde_json::from_str::<IgnoredAny>(json).ok()?;
     let json = json.trim_ascii();
@@ -28,7 +28,7 @@ pub fn print(json: &str) -> Option<String> {
     )
 }
 
-/// The list of these texts, as Python prints it.
+/// Returns the list of these texts, as Python prints it.
 pub fn print_list<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
     let mut out = String::from("[");
     for (at, text) in texts.into_iter().enumerate() {
@@ -39,7 +39,7 @@ pub fn print_list<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
     out
 }
 
-/// `str.isalnum`: letters and digits of any script, one at least.
+/// Returns what `str.isalnum` does: true for one or more letters and digits of any script.
 pub fn is_alphanumeric(text: &str) -> bool {
     let counts = |c: char| {
         matches!(
@@ -59,7 +59,7 @@ struct Token {
     next: usize,
 }
 
-/// The values of a valid JSON text, members' names among them, in the order of the text.
+/// Returns the values of a valid JSON text, members' names among them, in the order of the text.
 fn tape(json: &str) -> Vec<Token> {
     let bytes = json.as_bytes();
     let (mut tape, mut open) = (Vec::<Token>::new(), Vec::new());
@@ -89,7 +89,7 @@ fn tape(json: &str) -> Vec<Token> {
     tape
 }
 
-/// The string, number or word at the beginning of a text.
+/// Returns the string, number or word at the beginning of a text.
 fn scalar(text: &str) -> &str {
     let bytes = text.as_bytes();
     let mut end = 1;
@@ -111,7 +111,7 @@ fn scalar(text: &str) -> &str {
     text.get(..end).unwrap_or(text)
 }
 
-/// What is left of a container that is being printed.
+/// The rest of a container that is being printed.
 enum Frame {
     List {
         next: usize,
@@ -273,7 +273,7 @@ fn code_points(literal: &str) -> impl Iterator<Item = u32> {
     })
 }
 
-/// Four hexadecimal digits.
+/// Reads four hexadecimal digits.
 fn take_unit(chars: &mut std::str::Chars<'_>) -> Option<u32> {
     (0..4).try_fold(0, |unit, _| Some(unit << 4 | chars.next()?.to_digit(16)?))
 }
@@ -312,7 +312,7 @@ fn push_point(out: &mut String, point: u32, quote: char) {
     }
 }
 
-/// `str.isprintable` of one character.
+/// Returns what `str.isprintable` does of one character.
 fn is_printable(c: char) -> bool {
     match c.general_category() {
         GeneralCategory::Control

@@ -1,9 +1,9 @@
-//! Remembers which shards had no quorum lately, so that one client waits for that to show and not
-//! every one after it.
+//! Remembers which shards had no quorum lately, so that one client waits for the timeout and not
+//! every client after it.
 //!
-//! It is a memory of waits in vain, not a verdict: each request asks the quorum again, only less
-//! patiently, and the first that hears from it ends the memory. So an answer is as new as it would
-//! be without it wherever a quorum answers at all.
+//! A remembered timeout shortens only the next wait: each request still asks the quorum, and the
+//! first answer clears the memory. So an answer is as fresh as without it wherever a quorum answers
+//! at all.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
@@ -13,24 +13,25 @@ use tokio::time::Instant;
 
 use crate::types::GroupId;
 
-/// How long one wait in vain makes others impatient. Each renews it; a store that nobody asks for
+/// A timeout is remembered for so long; each further one renews it. A store that is not asked for
 /// so long may be back.
 const TIMEOUT_TTL: Duration = Duration::from_secs(10);
 
-/// When a request last waited in vain for the quorum of a shard.
+/// The last time that a request timed out waiting for the quorum of a shard.
 #[derive(Debug, Default)]
 pub struct QuorumTimeouts {
     timed_out_at: Mutex<BTreeMap<GroupId, Instant>>,
 }
 
 impl QuorumTimeouts {
-    /// Whether somebody has just waited in vain, and nobody has heard from it since.
+    /// Returns true if a request has just timed out on this shard and none has been answered since.
     pub fn timed_out_recently(&self, shard: GroupId) -> bool {
         self.lock()
             .get(&shard)
             .is_some_and(|timed_out_at| timed_out_at.elapsed() < TIMEOUT_TTL)
     }
 
+    /// Notes that a request timed out waiting for the quorum of a shard.
     pub fn record_timeout(&self, shard: GroupId) {
         let mut timed_out_at = self.lock();
         // Shards come and go: what is over is not kept.
@@ -38,6 +39,7 @@ impl QuorumTimeouts {
         timed_out_at.insert(shard, Instant::now());
     }
 
+    /// Forgets the timeout of a shard that has answered.
     pub fn record_answer(&self, shard: GroupId) {
         self.lock().remove(&shard);
     }

@@ -10,11 +10,10 @@ use crate::api::store::{Consistency, Options, Routing};
 use crate::http::app::App;
 use crate::http::body::{self, BodyBytes, BodyLimit};
 
-/// How long an answer is waited for. The contracts promise a word within 5 s when there is no
-/// quorum.
+/// Timeout of a request. The contracts promise a word within 5 s when there is no quorum.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
 
-/// How every request of a fixed dialect is done.
+/// Returns how every request of a fixed dialect is done.
 pub fn options() -> Options {
     Options {
         consistency: Consistency::Linearizable,
@@ -23,7 +22,7 @@ pub fn options() -> Options {
     }
 }
 
-/// The whole body, whatever its type is called.
+/// Reads the whole body, whatever its type is called.
 pub async fn read_body(app: &App, parts: &Parts, body: Body) -> Result<BodyBytes, DialectError> {
     let limit = BodyLimit {
         bytes_max: app.limits.body_bytes_max,

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::http::media;
 use crate::sm::kv::Media;
 
-/// What a dialect makes of a stored value.
+/// A stored value as a dialect shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DisplayValue<'a> {
     Text(&'a str),
@@ -29,7 +29,8 @@ impl<'a> DisplayValue<'a> {
     }
 }
 
-/// Whether a value is what a name with parameters (`application/json; charset=utf-8`) calls it.
+/// Returns true if a value is JSON, as a name with parameters (`application/json; charset=utf-8`)
+/// claims.
 fn is_json(name: &str, value: &[u8]) -> bool {
     media::essence(name).eq_ignore_ascii_case("application/json") && media::is_json(value)
 }
@@ -39,7 +40,8 @@ fn is_json(name: &str, value: &[u8]) -> bool {
 pub struct JsonText<'a>(#[serde(borrow)] pub Cow<'a, str>);
 
 impl JsonText<'_> {
-    /// As a part of `body`, which it was read from, or in an allocation of its own.
+    /// Returns the text as a part of `body`, which it was read from, or in an allocation of its
+    /// own.
     pub fn into_bytes(self, body: &Bytes) -> Bytes {
         match self.0 {
             Cow::Borrowed(text) => body.slice_ref(text.as_bytes()),

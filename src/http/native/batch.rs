@@ -81,8 +81,8 @@ const REVISIONS_MAX: usize = 1000;
 /// Revisions of all conditions of a batch.
 const REVISIONS_IN_ALL_MAX: usize = 100_000;
 
-/// What is made of a body beside copies of its texts, for each of its bytes, and at most: an
-/// operation is read from 20 bytes or more.
+/// Memory that a body takes when it is read, besides copies of its texts: for each of its bytes,
+/// and at most. An operation is read from 20 bytes or more.
 const MADE_PER_BYTE: usize = 2 * size_of::<OperationJson>() / 20;
 const MADE_MAX: usize =
     2 * PARSED_MAX * size_of::<OperationJson>() + REVISIONS_IN_ALL_MAX * size_of::<Revision>();
@@ -366,7 +366,7 @@ fn condition(item: &mut OperationJson) -> Result<Condition, Problem> {
     }
 }
 
-/// How far a batch is done all or not at all.
+/// The scope in which a batch is done all or not at all.
 const ATOMIC: &str = "per shard";
 
 #[derive(Serialize)]
@@ -389,7 +389,8 @@ fn got_bytes(written: &[Written]) -> usize {
     written.iter().map(got).sum()
 }
 
-/// The whole answer: a result each, and the status that says what a client must do.
+/// Returns the whole answer: a result for each operation, and the status that says what a client
+/// must do.
 fn answer(keys: &[Bytes], written: &[Written]) -> Response {
     let make = |place: usize, written: &Written| {
         result(place, keys.get(place).unwrap_or(&Bytes::new()), written)
@@ -420,6 +421,8 @@ fn answer(keys: &[Bytes], written: &[Written]) -> Response {
         )
         .retry_after_ms(1000),
     };
+
+    // The longest wait of all shards, so that one retry is enough.
     if let Some(longest_s) = undone.iter().filter_map(Problem::wait_s).max() {
         problem = problem.retry_after_ms(longest_s * 1000);
     }
@@ -430,8 +433,8 @@ fn answer(keys: &[Bytes], written: &[Written]) -> Response {
         .into_response()
 }
 
-/// The problem of an operation that has no answer, as opposed to one that was applied, or refused
-/// by a condition.
+/// Returns the problem of an operation that has no answer, as opposed to one that was applied, or
+/// refused by a condition.
 fn undone(written: &Written) -> Option<Problem> {
     match written {
         Ok(_) | Err(WriteFailure::Rejected(WriteRejection::ConditionFailed { .. })) => None,

@@ -13,7 +13,7 @@ use crate::types::{PlanEpoch, Revision};
 /// Tags of one header. Each is kept in a log entry, so there is a bound.
 const TAGS_MAX: usize = 1000;
 
-/// What one of the two headers names.
+/// The tags that one of the two headers names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum EntityTags {
     /// `*`
@@ -28,7 +28,7 @@ pub struct Conditions {
     none_matches: Option<EntityTags>,
 }
 
-/// What conditions make of a read of a key that exists.
+/// The outcome of the conditions of a read of a key that exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReadDecision {
     Answer,
@@ -48,8 +48,8 @@ impl Conditions {
         })
     }
 
-    /// Of a read of a key at `revision`. Of a missing key nothing is asked: the answer would be 404
-    /// anyway (RFC 9110, section 13.2.1).
+    /// Evaluates the conditions of a read of a key at `revision`. For a missing key they are not
+    /// evaluated: the answer would be 404 anyway (RFC 9110, section 13.2.1).
     pub fn read_decision(&self, revision: Revision) -> ReadDecision {
         let named = |tags: &EntityTags| match tags {
             EntityTags::Any => true,
@@ -64,7 +64,7 @@ impl Conditions {
         }
     }
 
-    /// The plan that the view must still follow for a change of it. None: whichever it follows.
+    /// Returns the plan that the view must still follow for a change of it. None if any will do.
     pub fn epoch(&self) -> Result<Option<PlanEpoch>, Problem> {
         match (&self.matches, &self.none_matches) {
             (None | Some(EntityTags::Any), None) => Ok(None),
@@ -79,7 +79,7 @@ impl Conditions {
         }
     }
 
-    /// As a write's condition.
+    /// Returns the conditions as that of a write.
     pub fn condition(self) -> Result<Condition, Problem> {
         Ok(match (self.matches, self.none_matches) {
             (None, None) => Condition::None,
@@ -107,7 +107,7 @@ enum WeakTags {
     AreTheSame,
 }
 
-/// The tags of every line of the header `name`, which together are one list.
+/// Returns the tags of every line of the header `name`, which together are one list.
 fn tags(
     headers: &HeaderMap,
     name: HeaderName,
@@ -160,7 +160,7 @@ enum EntityTag<'a> {
     Entity { opaque: &'a [u8], is_weak: bool },
 }
 
-/// The tag that `text` begins with, and what is after it.
+/// Returns the tag that `text` begins with, and what is after it.
 fn tag_at(text: &[u8]) -> Option<(EntityTag<'_>, &[u8])> {
     if let Some(after) = text.strip_prefix(b"*") {
         return Some((EntityTag::Any, after));
@@ -177,7 +177,7 @@ fn tag_at(text: &[u8]) -> Option<(EntityTag<'_>, &[u8])> {
     legal.then_some((EntityTag::Entity { opaque, is_weak }, after))
 }
 
-/// The revision that a tag stands for, if we could have given it.
+/// Returns the revision that a tag stands for, if it could be one of ours.
 fn revision(opaque: &[u8]) -> Option<Revision> {
     let text = std::str::from_utf8(opaque).ok()?;
     let number: u64 = text.parse().ok()?;

@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue};
 use crate::api::store::Staleness;
 use crate::http::problem::{Code, Problem};
 
-/// What `Quorate-Staleness` is set to.
+/// The header that tells how old a stale answer may be.
 pub const STALENESS: &str = "quorate-staleness";
 
 /// Longest `Idempotency-Key`, in bytes: it is kept in the map, once per slot.
@@ -29,7 +29,7 @@ pub fn idempotency_key(headers: &HeaderMap) -> Result<Option<Bytes>, Problem> {
     Ok(Some(Bytes::copy_from_slice(key.as_bytes())))
 }
 
-/// `unknown`, or milliseconds. A stale answer whose age nobody told is of unknown age.
+/// Returns `unknown`, or milliseconds. A stale answer that came without its age is of unknown age.
 pub fn staleness(age: Option<Staleness>) -> HeaderValue {
     match age {
         Some(Staleness::AtMost { age_ms }) => HeaderValue::from(age_ms),

@@ -5,11 +5,11 @@ use bytes::Bytes;
 use crate::http::problem::{Code, Problem};
 use crate::types::{KEY_BYTES_MAX, RESERVED_PREFIX, is_reserved};
 
-/// What comes before a key in a path.
+/// Precedes a key in a path.
 pub const PREFIX: &str = "/v1/kv/";
 
-/// The key that a raw path names: everything after [`PREFIX`], percent-decoded, and nothing else
-/// done to it.
+/// Returns the key that a raw path names: everything after [`PREFIX`], percent-decoded and
+/// otherwise unchanged.
 pub fn of_path(path: &str) -> Result<Bytes, Problem> {
     let rest = path.strip_prefix(PREFIX).unwrap_or_default();
     let key = unescape(rest.as_bytes(), false)
@@ -18,8 +18,7 @@ pub fn of_path(path: &str) -> Result<Bytes, Problem> {
     Ok(Bytes::from(key))
 }
 
-/// That a key has a length that a store takes, and is not of those that another dialect has to
-/// itself.
+/// Checks that a key has a length that a store takes, and is not reserved for another dialect.
 pub fn check(key: &[u8]) -> Result<(), Problem> {
     match key.len() {
         _ if is_reserved(key) => Err(Problem::new(
@@ -39,8 +38,8 @@ pub fn check(key: &[u8]) -> Result<(), Problem> {
     }
 }
 
-/// RFC 3986 percent-decoding, strictly: a `%` without two hexadecimal digits is an error. With
-/// `plus_is_space`, as forms are encoded.
+/// Decodes percent escapes (RFC 3986) strictly: a `%` without two hexadecimal digits is an error.
+/// With `plus_is_space`, a plus sign is a space, as in forms.
 pub fn unescape(text: &[u8], plus_is_space: bool) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text;

@@ -24,7 +24,7 @@ use crate::http::{App, blocking, media};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, WriteRejection};
 use crate::types::Revision;
 
-/// What a write answers.
+/// The body of the answer to a write.
 #[derive(Serialize)]
 struct WrittenJson {
     #[serde(flatten)]
@@ -104,7 +104,7 @@ async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> 
     Ok(response)
 }
 
-/// What a write's head says.
+/// A write's head, parsed.
 struct WriteHead {
     condition: Condition,
     idempotency_key: Option<Bytes>,
@@ -134,6 +134,8 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
         what: "a value",
     };
     let body = body::admit(parts, body, value_max)?;
+
+    // Redirect before the value is read: a client that sends from a pipe can't send it again.
     let options = match route(app, key.clone(), head.options).await {
         Ok(options) => options,
         Err(failure) => {
@@ -141,8 +143,11 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
             return Ok(problem::respond(failure, &parts.uri));
         }
     };
+
     let value = body::read(parts, body, value_max, &app.limits, &app.bodies).await?;
     let media = blocking::work(value.len(), || media::of_request(&parts.headers, &value))?;
+
+    // `value` stays charged until the write is answered.
     let action = Action::Put {
         media,
         value: value.bytes.clone(),
@@ -156,6 +161,7 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
         .store
         .write(vec![operation], head.idempotency_key, options)
         .await;
+
     let outcome = match only(written) {
         Ok(outcome) => outcome,
         Err(failure) => return refused(failure, parts),
@@ -216,8 +222,8 @@ async fn delete(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Proble
     }
 }
 
-/// The one answer to a write of one operation. A store that gives none has broken its promise, and
-/// nobody knows what happened.
+/// Returns the answer to a write of one operation. A store that gives none has broken its promise,
+/// and the outcome is unknown.
 fn only(mut written: Vec<Written>) -> Written {
     let broken = || {
         Err(WriteFailure::Failed(Failure::Unknown {

@@ -111,8 +111,8 @@ async fn page(app: &App, parts: &Parts) -> Result<Response, Problem> {
     Ok(response)
 }
 
-/// The keys that `prefix`, `start` and `end` all allow; the reserved ones, which are the last of
-/// all, never.
+/// Returns the keys that `prefix`, `start` and `end` all allow; never the reserved ones, which are
+/// the last of all.
 fn range(query: &Query) -> ScanRange {
     let start = query.start.clone().max(query.prefix.clone());
     let reserved = Some(Bytes::from_static(&RESERVED_PREFIX));
@@ -146,12 +146,12 @@ impl Cursor {
         }
     }
 
-    /// The cursor of the page after `key`.
+    /// Returns the cursor of the page after `key`.
     fn after(&self, key: &[u8]) -> String {
         URL_SAFE_NO_PAD.encode([&[CURSOR_FORMAT], &self.listing[..], key].concat())
     }
 
-    /// What of `range` is left after the cursor `text`.
+    /// Returns the part of `range` that is left after the cursor `text`.
     fn rest(&self, text: &[u8], range: ScanRange) -> Result<ScanRange, Problem> {
         let bad = || {
             Problem::new(Code::InvalidQuery, "'cursor' is not one of this listing")

@@ -23,7 +23,7 @@ pub struct Query {
     pub cursor: Option<Bytes>,
     pub keys_only: bool,
     pub reverse: bool,
-    /// How long a change of the view is waited for.
+    /// Time to wait for the end of a change of the view.
     pub wait: Option<Duration>,
     pub dry_run: bool,
 }
@@ -79,7 +79,7 @@ impl Query {
         Ok(parsed)
     }
 
-    /// An error says what was expected.
+    /// Sets one parameter. An error says what was expected.
     fn set(&mut self, name: &str, value: Bytes, limits: &Limits) -> Result<(), String> {
         match name {
             "proxy" => {
@@ -156,7 +156,7 @@ fn duration(value: &[u8], max: Duration) -> Result<Duration, String> {
     })
 }
 
-/// A number of digits alone: Rust's own parser takes a plus sign too.
+/// Parses digits alone: Rust's own parser takes a plus sign too.
 pub fn digits(text: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(text).ok()?;
     if text.bytes().all(|byte| byte.is_ascii_digit()) {

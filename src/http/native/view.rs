@@ -45,7 +45,7 @@ const CHANGE_BODY: BodyLimit = BodyLimit {
 /// Before the id in the path of an operation.
 const OPERATIONS: &str = "/v1/cluster/operations/";
 
-/// What was asked of the view, in the form in which a change is asked for.
+/// Handles `GET /v1/cluster/view`: what was asked for, in the form in which a change is asked for.
 pub async fn view(State(app): State<SharedApp>, request: Request) -> Response {
     let timer = app.start_timer(Dialect::Native, &request);
     timer.finish(
@@ -90,6 +90,7 @@ async fn requested_view(app: &App, uri: &Uri) -> Result<Response, Problem> {
     Ok(response)
 }
 
+/// Handles `PUT /v1/cluster/view`.
 pub async fn change(State(app): State<SharedApp>, request: Request) -> Response {
     let mut timer = app.start_timer(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
@@ -99,6 +100,7 @@ pub async fn change(State(app): State<SharedApp>, request: Request) -> Response 
     timer.finish(answer)
 }
 
+/// Handles `GET /v1/cluster/operations/<id>`.
 pub async fn operation(State(app): State<SharedApp>, request: Request) -> Response {
     let mut timer = app.start_timer(Dialect::Native, &request);
     let answer = look(&app, request.uri(), &mut timer)
@@ -107,7 +109,7 @@ pub async fn operation(State(app): State<SharedApp>, request: Request) -> Respon
     timer.finish(answer)
 }
 
-/// What a change's head says.
+/// A change's head, parsed.
 struct ChangeHead {
     query: Query,
     only_if: Option<PlanEpoch>,
@@ -153,10 +155,13 @@ async fn put(
     if query.dry_run {
         return plan(app, &parts.uri, change, only_if, options).await;
     }
+
+    // Before anything is changed: a refusal must leave nothing done.
     let permit = query
         .wait
         .map(|wait| Ok::<_, Failure>((app.changes.acquire()?, wait)))
         .transpose()?;
+
     let accepted = match accept(app, change, only_if, options).await {
         Ok(accepted) => accepted,
         Err(failure) => return refused(failure, &parts.uri),
@@ -177,6 +182,7 @@ async fn put(
         }
         None => accepted,
     };
+
     let status = if last.is_over() {
         StatusCode::OK
     } else {

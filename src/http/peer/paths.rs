@@ -1,4 +1,4 @@
-//! The paths of the peer routes, by which a peer's connection is told from a client's.
+//! The paths of the peer routes, which tell a peer's connection from a client's.
 
 use http::Method;
 

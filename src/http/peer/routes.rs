@@ -41,7 +41,7 @@ const JSON_BODY: BodyLimit = BodyLimit {
 /// this.
 const SHARD_REQUEST_MADE_MAX: usize = 128 << 20;
 
-/// The peer routes, for an app that has peers.
+/// Returns the peer routes, for an app that has peers.
 pub fn routes(peers: Arc<dyn PeerService>) -> Router<SharedApp> {
     let [
         to_lane,

@@ -16,7 +16,7 @@ use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::types::Address;
 
-/// What other nodes ask of this one.
+/// Answers what other nodes ask of this one.
 pub trait PeerService: Send + Sync + 'static {
     /// Serves a lane until the stream it returns ends. `incoming` ends, or fails, when the other
     /// side goes away.
@@ -26,22 +26,22 @@ pub trait PeerService: Send + Sync + 'static {
         incoming: BoxStream<'static, io::Result<Bytes>>,
     ) -> BoxStream<'static, Bytes>;
 
-    /// Answers for a shard of which this node has a replica, or has the request answered.
+    /// Answers for a shard of which this node has a replica, or passes the request on.
     fn shard(&self, request: ShardRequest, hop: Hop) -> BoxFuture<'_, ShardReply>;
 
-    /// Who this node is.
+    /// Returns who this node is.
     fn identity(&self) -> Identity;
 
     /// Asks for a durable promise to a founder.
     fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply>;
 
-    /// The replicas that this node hosts, and how they are.
+    /// Returns the replicas that this node hosts, and how they are.
     fn hosting(&self) -> BoxFuture<'_, Hosting>;
 
-    /// The view as it is now, if this node leads the meta group.
+    /// Returns the view as it is now, if this node leads the meta group.
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>>;
 
-    /// A node that waits is told whom to ask: a view names it.
+    /// Hands a waiting node the addresses of members whose view names it.
     fn invite(&self, members: Vec<Address>);
 
     /// Has this node hold the level of its cluster, or do so no more. Durable when it is answered.

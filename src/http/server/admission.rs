@@ -1,14 +1,14 @@
-//! Who is let in: clients up to a limit, and past it those of whom others depend.
+//! Admission of connections: clients up to a limit, and past it the peers that others depend on.
 //!
-//! A connection counts as a client's until its first request shows otherwise. Nobody can tell a
-//! peer before it has asked for something, so once clients have taken all that is theirs, further
-//! connections wait at the door: for a moment, and only so many at a time, of whom the one that
-//! came first has to go when another comes. Whoever asks for a peer route there gets one of the
-//! places that are kept for peers, whoever asks how the node is gets an answer, and all others are
-//! told 503.
+//! A connection counts as a client's until its first request shows otherwise. A peer can't be told
+//! before it has asked for something, so once clients have all their places, further connections
+//! are overflow: each waits for its first request for a moment, and only so many at a time, the
+//! oldest being evicted when another comes. If that request is for a peer route, the connection
+//! gets one of the places kept for peers; `/healthz`, `/readyz` and `/metrics` are answered; all
+//! others get 503.
 //!
-//! Lanes are what groups live by, so calls and questions of peers (and of gateways, which call like
-//! them) leave some places to them.
+//! Groups live by their lanes, so calls of peers (and of gateways, which call like them) leave some
+//! places to lanes.
 //!
 //! Counting costs a connection a few relaxed atomic additions, and a request one look at a byte.
 
@@ -26,11 +26,11 @@ use crate::descriptors::Shares;
 use crate::http::limits::Limits;
 use crate::http::peer::{LANE_PREFIX, is_peer_route};
 
-/// Connections that may wait at the door for their first request. A peer's comes with the next
-/// packet, so that it gets in needs a crowd to open this many connections within a round trip.
+/// Connections past the limit that may wait for their first request. A peer's comes with the next
+/// packet, so only a crowd that opens this many connections within a round trip can keep it out.
 const OVERFLOW_MAX: usize = 32;
 
-/// What is answered at the door: those who watch over a node must not take it for dead because it
+/// Answered to connections past the limit too: monitoring must not take a node for dead because it
 /// is full.
 const ALWAYS_ANSWERED: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 
@@ -40,7 +40,7 @@ pub struct Admission {
     stats: Arc<ServerStats>,
     clients_max: u64,
     peers_max: u64,
-    /// Those at the door, in the order in which they came. Each goes when it is told to.
+    /// Connections past the limit, in the order in which they came, with their eviction.
     overflow_queue: Mutex<VecDeque<CancellationToken>>,
 }
 
@@ -73,8 +73,8 @@ impl Admission {
         self.stats.clients.load(Ordering::Relaxed) > self.clients_max / 2
     }
 
-    /// Gives a place to the connection that has this descriptor. None: there is not even one at the
-    /// door.
+    /// Gives a place to the connection that has this descriptor. None if there is no room even to
+    /// wait for a first request.
     pub fn admit(self: &Arc<Self>, descriptor: RawFd) -> Option<AdmissionPermit> {
         // The limit may be changed while we run.
         self.admit_by(&Shares::now(), descriptor)
@@ -106,6 +106,7 @@ impl Admission {
         {
             first.cancel();
         }
+        assert!(overflow_queue.len() <= OVERFLOW_MAX);
         drop(overflow_queue);
         Some(AdmissionPermit::new(
             self,
@@ -148,7 +149,7 @@ impl AdmissionClass {
     }
 }
 
-/// What becomes of a request.
+/// The treatment of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AdmissionDecision {
     Serve,
@@ -158,7 +159,7 @@ pub enum AdmissionDecision {
     Refuse,
 }
 
-/// The place that a connection has. It is given back when this is dropped.
+/// The place of one connection. It is given back when this is dropped.
 #[derive(Debug)]
 pub struct AdmissionPermit {
     admission: Arc<Admission>,
@@ -179,17 +180,17 @@ impl AdmissionPermit {
         AdmissionClass::of(self.class.load(Ordering::Relaxed))
     }
 
-    /// Returns whether it still has to show that it is a peer.
+    /// Returns true if it is past the limit and has not shown yet that it is a peer's.
     pub fn is_overflow(&self) -> bool {
         self.class() == AdmissionClass::Overflow
     }
 
-    /// Resolves when a connection at the door has to go.
+    /// Resolves when a connection past the limit has to go.
     pub async fn evicted(&self) {
         self.eviction.cancelled().await;
     }
 
-    /// Says what becomes of a request for `path`. The first for a peer route makes a peer of the
+    /// Decides about a request for `path`. The first for a peer route makes a peer of the
     /// connection.
     pub fn decide(&self, method: &Method, path: &str) -> AdmissionDecision {
         let is_peer_request = self.admission.peers_max > 0 && is_peer_route(method, path);
@@ -217,7 +218,7 @@ impl AdmissionPermit {
         }
     }
 
-    /// Counts that a connection at the door is told that there are too many.
+    /// Counts that a connection past the limit was refused.
     pub fn refuse(&self) {
         self.admission.stats.refuse();
     }
@@ -243,12 +244,12 @@ impl AdmissionPermit {
             .is_ok();
         let stats = &self.admission.stats;
         match (moved, before) {
-            (false, _) => stats.peers.fetch_sub(1, Ordering::Relaxed),
+            (false, _) => ServerStats::give_back(&stats.peers),
             (true, AdmissionClass::Overflow) => {
                 stats.accepted.fetch_add(1, Ordering::Relaxed);
-                stats.overflow.fetch_sub(1, Ordering::Relaxed)
+                ServerStats::give_back(&stats.overflow);
             }
-            (true, _) => stats.clients.fetch_sub(1, Ordering::Relaxed),
+            (true, _) => ServerStats::give_back(&stats.clients),
         };
         true
     }
@@ -262,7 +263,7 @@ impl Drop for AdmissionPermit {
             AdmissionClass::Peer | AdmissionClass::PeerOnly => &stats.peers,
             AdmissionClass::Overflow => &stats.overflow,
         };
-        counter.fetch_sub(1, Ordering::Relaxed);
+        ServerStats::give_back(counter);
         // Its token must not keep another from the door.
         self.eviction.cancel();
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::read_monitor::RequestActivity;
 
-/// Where a request came from. Every request has one among its extensions.
+/// The client of a request. Every request has one among its extensions.
 #[derive(Debug, Clone)]
 pub struct ClientInfo {
     pub address: SocketAddr,

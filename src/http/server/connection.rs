@@ -1,11 +1,10 @@
-//! One connection, from its first byte to its end.
+//! Serves one connection, from its first byte to its end.
 //!
-//! It ends by itself when its client says nothing for too long, does not take what it asked for, or
-//! has no place here; and in order when the server stops. HTTP/1 is timed by hyper between
-//! requests, HTTP/2, where streams come and go, is timed here.
+//! It ends by itself when its client sends nothing for too long, does not read its answers, or has
+//! no place here; and in order when the server stops. Over HTTP/1, hyper times the pauses between
+//! requests; over HTTP/2, where streams come and go, this does.
 //!
-//! What a connection is watched by is asked only when it has something to say ([`WakeGate`]), not
-//! with every request.
+//! Timers and notices have a waker of their own ([`WakeGate`]), so a request does not poll them.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -54,23 +53,23 @@ use crate::http::problem::{Code, Problem};
 /// whether that request was done if it were closed: so it is closed only after this.
 const IDLE_LINGER: Duration = Duration::from_millis(300);
 
-/// How long a connection may stand at the door without a request: peers send theirs at once.
+/// Time for the first request of a connection past the limit: peers send theirs at once.
 const OVERFLOW_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a connection that was asked to end may take. A client that does not play along is cut.
+/// Time for a connection that was asked to end. A client that does not play along is cut.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// While more than half of the places are taken, a connection has so long for its first request.
+/// Time for the first request while more than half of the places are taken.
 const FIRST_REQUEST_TIMEOUT_CROWDED: Duration = Duration::from_secs(10);
 
-/// What a connection was given when it was let in.
+/// Handed to a connection when it is let in.
 pub struct AdmittedConnection {
     pub permit: AdmissionPermit,
     pub drain_guard: ConnectionDrainGuard,
     pub is_crowded: bool,
 }
 
-/// What connections are served with.
+/// Shared by all connections of a server.
 pub struct ConnectionContext {
     pub router: Router,
     pub http: Builder<TokioExecutor>,
@@ -78,24 +77,24 @@ pub struct ConnectionContext {
     pub shutdown: CancellationToken,
     pub limits: Limits,
     pub slow_clients: SlowClientLimit,
-    /// What heads of requests take.
+    /// The budget of the heads of requests.
     pub heads: Arc<Budget>,
 }
 
-/// What a connection and its requests share.
+/// Shared by a connection and its requests.
 struct ConnectionState {
     permit: AdmissionPermit,
     /// A clone of the server's takes its lock: so this is not cloned for a request.
     shutdown: CancellationToken,
     drain_guard: ConnectionDrainGuard,
-    /// Whether there was a request.
+    /// True once there was a request.
     has_requested: AtomicBool,
-    /// Whether it can be used again, and there is no other word for its end than closing it.
+    /// True if it can be used again and closing it is the only way to say otherwise: HTTP/1.
     may_be_reused: AtomicBool,
     activity: Arc<RequestActivity>,
     tracker: Arc<ResponseTracker>,
     head_budget: Arc<HeadBudget>,
-    /// Where its client is.
+    /// The client's address.
     address: SocketAddr,
     /// Notified of streams: they have to be looked at from then on.
     streams: Notify,
@@ -117,6 +116,7 @@ impl ConnectionContext {
             is_crowded,
         } = admitted;
         let is_overflow = permit.is_overflow();
+        // Past the limit a first byte must come at once; hyper would wait for a head much longer.
         if is_overflow && !self.wait_for_first_byte(&stream, &permit).await {
             permit.refuse();
             return refuse_over_limit(stream);
@@ -146,7 +146,8 @@ impl ConnectionContext {
         self.state(stream, &state, first_request).await;
     }
 
-    /// Waits until somebody at the door says something. False: it says nothing, or has to go.
+    /// Waits for the first byte of a connection past the limit. Returns false if none comes, or the
+    /// connection has to go.
     async fn wait_for_first_byte(&self, stream: &TcpStream, permit: &AdmissionPermit) -> bool {
         let mut first = [0];
         tokio::select! {
@@ -219,7 +220,7 @@ impl ConnectionContext {
         }
     }
 
-    /// Waits until something is to be done about a connection, and says what.
+    /// Waits until something is to be done about a connection, and returns what.
     async fn next_event(
         &self,
         state: &ConnectionState,
@@ -303,7 +304,7 @@ impl ConnectionContext {
     }
 }
 
-/// What is to be done about a connection.
+/// The next step for a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ConnectionEvent {
     /// Let it finish what is in flight.
@@ -312,7 +313,7 @@ enum ConnectionEvent {
     End,
 }
 
-/// What a connection is watched by, beside what comes over it.
+/// The timers of a connection.
 struct ConnectionTimers<'a, 's> {
     /// Whoever has asked for nothing by then has to go.
     first_request_timeout: Pin<&'a mut Sleep>,
@@ -369,10 +370,14 @@ impl ConnectionState {
             address: self.address,
             activity: Arc::clone(&self.activity),
         });
+
+        // Streams of HTTP/2 are watched and charged one by one.
         if !is_http1 {
             return Ok(self.answer_stream(router, request, decision).await);
         }
         let _pending = self.activity.begin(request.version());
+
+        // After a head that is ambiguous the next byte may be anything: the connection must end.
         let checked = framing::check(request.version(), request.headers());
         let is_last = decision != AdmissionDecision::Serve || checked.is_err();
         let mut response = match (checked, decision) {
@@ -390,6 +395,8 @@ impl ConnectionState {
             (Ok(()), AdmissionDecision::Refuse) => over_limit_problem().into_response(),
         };
         drop(in_flight);
+
+        // Only this tells a client of HTTP/1 not to send its next request here.
         if is_last || self.shutdown.is_cancelled() {
             response
                 .headers_mut()
@@ -412,6 +419,7 @@ impl ConnectionState {
                 .into_response()
                 .map(|body| stream_guard.track(body, true));
         };
+        // Requests may wait for what lanes bring, so lanes must not wait for this connection.
         let is_lane = request
             .uri()
             .path()
@@ -426,6 +434,7 @@ impl ConnectionState {
                 .unwrap_or_else(|never| match never {}),
             AdmissionDecision::Refuse => over_limit_problem().into_response(),
         };
+        // HTTP/2 has no header for it: the connection itself is shut down.
         if decision != AdmissionDecision::Serve {
             self.last_answer_sent.notify_one();
         }
@@ -433,7 +442,7 @@ impl ConnectionState {
     }
 }
 
-/// What a request is told whose head there is no room for.
+/// Returns the problem of a request whose head there is no room for.
 fn heads_over_budget() -> Problem {
     Problem::new(
         Code::Overloaded,

@@ -1,4 +1,4 @@
-//! What a stopping server waits for before it ends the lanes of peers.
+//! Keeps the lanes of peers open while a stopping server has requests to answer.
 //!
 //! A request under way may need what only a lane brings: which node leads now, or that the entry of
 //! a write is committed. So lanes end last: when the server takes no more connections and none is

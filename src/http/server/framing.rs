@@ -44,8 +44,8 @@ fn invalid(detail: &str) -> Problem {
     Problem::new(Code::InvalidHeader, detail)
 }
 
-/// Whether these are characters of a host and a port. An empty one is for requests without an
-/// authority, and means nothing.
+/// Returns true if these are characters of a host and a port. An empty one is for requests without
+/// an authority, and means nothing.
 fn is_host(bytes: &[u8]) -> bool {
     bytes
         .iter()

@@ -1,4 +1,4 @@
-//! What the heads of requests take: line and headers, whole or still on their way.
+//! Charges the heads of requests, line and headers, whole or still on their way.
 //!
 //! A client may send 64 KiB of head as slowly as it likes, and on thousands of connections. So what
 //! a connection has read of a head is charged to a budget of the process, beyond what every
@@ -24,11 +24,11 @@ use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 /// A charge grows by steps, not with every byte.
 const STEP_BYTES: usize = 4 << 10;
 
-/// What one connection has read of the head that comes next.
+/// Charges what one connection has read of its next head.
 #[derive(Debug)]
 pub struct HeadBudget {
     bytes: AtomicUsize,
-    /// What is read while a request is answered is its body.
+    /// Requests being answered: what is read meanwhile is a body.
     in_flight: AtomicUsize,
     charged: AtomicUsize,
     share: Mutex<Share>,
@@ -72,13 +72,14 @@ impl HeadBudget {
         let mut share = self.share.lock();
         let missing = wanted.saturating_sub(share.bytes());
         let granted = missing == 0 || share.grow(missing);
+        assert!(!granted || share.bytes() >= wanted);
         self.charged.store(share.bytes(), Ordering::Relaxed);
         granted
     }
 
     /// Notes that the head of a request is whole, and that what is read until this is dropped is no
     /// head. What was read with it may be the beginning of a body, which is charged elsewhere.
-    pub fn begin<B>(&self, request: &Request<B>) -> HeadDone<'_> {
+    pub fn begin<B>(&self, request: &Request<B>) -> RequestInFlight<'_> {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         self.bytes.store(0, Ordering::Relaxed);
         if self.charged.load(Ordering::Relaxed) > 0 {
@@ -92,7 +93,7 @@ impl HeadBudget {
             share.shrink_to(kept);
             self.charged.store(share.bytes(), Ordering::Relaxed);
         }
-        HeadDone(self)
+        RequestInFlight(self)
     }
 
     /// Charges the head of one of several requests of this connection. None: there is no room.
@@ -105,11 +106,12 @@ impl HeadBudget {
 
 /// A request that is answered.
 #[derive(Debug)]
-pub struct HeadDone<'a>(&'a HeadBudget);
+pub struct RequestInFlight<'a>(&'a HeadBudget);
 
-impl Drop for HeadDone<'_> {
+impl Drop for RequestInFlight<'_> {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        let before = self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        assert_ne!(before, 0, "each request ends once");
     }
 }
 

@@ -37,9 +37,9 @@ use crate::telemetry::rarely;
 /// Connections that the kernel keeps for us between two accepts; it lowers this to its own limit.
 const BACKLOG: u32 = 4096;
 
-/// What the kernel keeps of an answer that its client does not take: it would take megabytes of
-/// each, which no budget of ours sees. What is on its way does not count, so this slows nobody
-/// down. Connections have it from the socket that they came in by.
+/// Bytes of an unread answer that the kernel keeps. By default it would take megabytes for each
+/// client, which no budget of ours sees. Bytes that are on their way do not count, so this slows
+/// nobody down. Connections inherit it from their listener.
 const UNSENT_BYTES_MAX: u32 = 128 << 10;
 
 /// Waits after a failed accept. The usual cause is that file descriptors ran out, which only time
@@ -47,7 +47,7 @@ const UNSENT_BYTES_MAX: u32 = 128 << 10;
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// Why a server does not listen.
+/// The reason why a server does not listen.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     #[error("cannot resolve '{listen}', which should be host:port: {source}")]
@@ -62,7 +62,7 @@ pub enum BindError {
         is held by {holder}")).unwrap_or_default())]
     Listen {
         address: SocketAddr,
-        /// Who has the port, where that can be found out.
+        /// The process that has the port, where that can be found out.
         holder: Option<PortOwner>,
         #[source]
         source: io::Error,
@@ -89,6 +89,8 @@ impl Server {
                 listen: listen.to_owned(),
                 source,
             })?;
+
+            // `localhost` may resolve to ::1 on a machine without IPv6, which is no reason to fail.
             let (mut bound, mut missing) = (0, None);
             for address in resolved {
                 match self::listen(address) {
@@ -125,7 +127,8 @@ impl Server {
         })
     }
 
-    /// Where it listens: the ports that were chosen, where port 0 was asked for.
+    /// Returns the addresses that it listens on; where port 0 was asked for, the port that was
+    /// chosen.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.listeners
             .iter()
@@ -133,7 +136,7 @@ impl Server {
             .collect()
     }
 
-    /// To be given to [`super::Metrics`].
+    /// Returns the counters, to be given to [`crate::http::Metrics`].
     pub fn stats(&self) -> Arc<ServerStats> {
         Arc::clone(&self.stats)
     }
@@ -179,6 +182,7 @@ impl Server {
             drain_guard,
         } = routes;
         let mut shares = Shares::now();
+        // A gateway keeps no places for peers.
         if !has_peers {
             shares.peers = 0;
         }
@@ -211,6 +215,8 @@ impl Server {
             }
             .run(listener)
         };
+
+        // The loops hold the guard from here on: lanes end when the last of them has.
         let loops: Vec<_> = self.listeners.into_iter().map(accepting).collect();
         drop(drain_guard);
         futures::future::join_all(loops).await;
@@ -220,12 +226,13 @@ impl Server {
 /// Routes, and what goes with them.
 struct ServedRoutes {
     router: Router,
-    /// What answers are charged to.
+    /// The budget that answers are charged to.
     answers: Arc<Budget>,
     has_peers: bool,
     drain_guard: DrainGuard,
 }
 
+/// Opens a listening socket.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()
@@ -240,7 +247,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Whether this machine lacks the address, rather than somebody having it.
+/// Returns true if this machine lacks the address, as opposed to another process having it.
 fn is_address_unavailable(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -286,6 +293,7 @@ impl AcceptLoop {
                 }
             }
         }
+
         self.accept_rest(listener, &mut connections);
         let Self {
             context,
@@ -293,6 +301,7 @@ impl AcceptLoop {
             ..
         } = self;
         drop(drain_guard);
+
         let drained = async { while connections.join_next().await.is_some() {} };
         let drained = timeout(context.limits.drain_timeout, drained).await;
         if drained.is_err() {
@@ -313,7 +322,7 @@ impl AcceptLoop {
         };
         for _ in 0..BACKLOG {
             let taken = listener.accept().and_then(|(stream, address)| {
-                // One that is accepted by hand blocks, unless it is told not to.
+                // A socket that is accepted by hand blocks by default.
                 stream.set_nonblocking(true)?;
                 Ok((TcpStream::from_std(stream)?, address))
             });
@@ -345,7 +354,7 @@ impl AcceptLoop {
     }
 }
 
-/// Whether an error of accept is that of the one connection, which went away while it waited.
+/// Returns true if an error of accept concerns one connection, which went away while it waited.
 fn is_connection_error(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(

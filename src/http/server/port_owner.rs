@@ -19,8 +19,8 @@ impl fmt::Display for PortOwner {
     }
 }
 
-/// Who listens on `address`, or on a wildcard that covers it. None if that is nobody, or another
-/// user's process.
+/// Returns the process that listens on `address`, or on a wildcard that covers it. None if there is
+/// none, or it is another user's.
 pub fn find(address: SocketAddr) -> Option<PortOwner> {
     let sockets: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .into_iter()
@@ -40,7 +40,8 @@ pub fn find(address: SocketAddr) -> Option<PortOwner> {
     })
 }
 
-/// The inodes of the listening sockets of a table of `/proc/net` that conflict with `address`.
+/// Returns the inodes of the listening sockets of a table of `/proc/net` that conflict with
+/// `address`.
 fn listening(table: &str, address: SocketAddr) -> Vec<u64> {
     let inode = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
@@ -91,7 +92,7 @@ fn holds(process: &Path, sockets: &[String]) -> bool {
         })
 }
 
-/// The command line, shortened.
+/// Returns the command line, shortened.
 fn command(process: &Path) -> String {
     let line = fs::read(process.join("cmdline")).unwrap_or_default();
     let line = String::from_utf8_lossy(&line).replace('\0', " ");

@@ -11,8 +11,7 @@ use crate::http::limits::Limits;
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 
-/// How often a silent HTTP/2 connection is asked whether it still lives, and how long that may
-/// take.
+/// Interval of pings on a silent HTTP/2 connection, and the time to answer one.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 

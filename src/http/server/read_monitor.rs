@@ -1,14 +1,15 @@
-//! What comes over one connection: the heads of requests in time, and over HTTP/1 the end of it.
+//! Watches what comes over one connection: heads must be complete in time, and over HTTP/1 a client
+//! that has gone is noticed.
 //!
-//! A client that sends a byte now and then keeps its place for as long as it likes, unless a head
-//! that has begun has a time in which it must be complete. hyper's own limit will not do: it runs
-//! from the answer before, so it is as long as a connection may be idle.
+//! A client that sends a byte now and then could keep its place for as long as it likes, so a head
+//! that has begun has a time in which it must be complete. hyper's own limit runs from the answer
+//! before, so it has to be as long as a connection may be idle.
 //!
-//! A client may close its sending side once it has sent its request (`nc -N` does), and is owed the
-//! answer all the same (RFC 9112, section 9.6). A client that is gone looks the same, and what it
-//! asked for would be worked on for nobody. So who has closed that side is sent `100 Continue` now
-//! and then while it waits, which any client of HTTP/1.1 passes over (RFC 9110, section 15.2.1),
-//! and which a machine without that client answers by a reset.
+//! A client may close its sending side once it has sent its request (`nc -N` does) and is still
+//! owed the answer (RFC 9112, section 9.6). A client that has gone looks the same, and its request
+//! would be worked on for nobody. So a client that has closed that side is sent `100 Continue` now
+//! and then while it waits. Any client of HTTP/1.1 passes over that (RFC 9110, section 15.2.1), and
+//! a machine without that client answers it by a reset.
 
 use std::io;
 use std::pin::Pin;
@@ -21,11 +22,11 @@ use http::Version;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// What a connection over HTTP/2 begins with.
+/// The first bytes of a connection over HTTP/2.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How long a client that has closed its sending side waits before it is first asked whether it is
-/// there; doubled each time, up to the longest.
+/// Time after which a client that has closed its sending side is first probed; doubled each time,
+/// up to the longest.
 const PROBE_MIN: Duration = Duration::from_secs(1);
 const PROBE_MAX: Duration = Duration::from_secs(30);
 
@@ -34,7 +35,7 @@ const HTTP10_WAIT_MAX: Duration = Duration::from_secs(60);
 
 const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
-/// What the requests of a connection over HTTP/1 tell its socket.
+/// Tells the socket of a connection over HTTP/1 about its requests.
 #[derive(Debug, Default)]
 pub struct RequestActivity {
     /// Heads that were read.
@@ -93,7 +94,7 @@ impl Drop for DiscardGuard {
     }
 }
 
-/// What a connection speaks, as its first bytes tell.
+/// The protocol, as far as the first bytes tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WireProtocol {
     /// So many bytes were those of the preface of HTTP/2.
@@ -121,7 +122,7 @@ impl WireProtocol {
     }
 }
 
-/// What was seen of the sending side of a connection.
+/// Watches the sending side of a client.
 #[derive(Debug)]
 pub struct ReadMonitor {
     activity: Arc<RequestActivity>,
@@ -177,7 +178,8 @@ impl ReadMonitor {
         }
     }
 
-    /// Called when nothing more has come. Ready: the head that has begun took too long.
+    /// Polls the timer of a head that has begun, when nothing more has come. Ready if it took too
+    /// long.
     pub fn poll_head_timeout(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.note_heads();
         if self.protocol == WireProtocol::Http2 || !self.has_begun || self.activity.reads_body() {
@@ -191,8 +193,8 @@ impl ReadMonitor {
         })
     }
 
-    /// Called now and then while a request is worked on and all that was written has gone out.
-    /// Ready: its client is gone.
+    /// Checks that the client is still there, while a request is worked on and all that was written
+    /// has gone out. Ready if it is gone.
     pub fn poll_disconnected(
         &mut self,
         stream: &TcpStream,
@@ -202,6 +204,7 @@ impl ReadMonitor {
             self.half_closed = None;
             return Poll::Pending;
         }
+        // A peek that returns nothing is the only sign of a closed sending side.
         if self.half_closed.is_none() {
             let mut byte = [0];
             match stream.poll_peek(cx, &mut tokio::io::ReadBuf::new(&mut byte)) {

@@ -1,15 +1,14 @@
-//! What was answered over one HTTP/2 connection and has not gone out yet.
+//! Tracks the answers of one HTTP/2 connection until they are on the wire.
 //!
 //! Each stream of HTTP/2 has a window of its own: a client can keep a thousand answers from going
 //! out while its connection is alive and well, so the socket does not show it. Answers go out in
-//! pieces, and each is noted here until it is on the wire. The connection looks now and then how
-//! old they are, and ends if one is too old: HTTP/2 as we have it knows no way to end one stream.
+//! chunks, and each is noted here until it is sent. The connection checks now and then how old they
+//! are, and ends if one is too old: hyper has no way to end one stream.
 //!
-//! Many streams over a slow line are slow together, and nobody is to blame: there a piece is too
+//! Many streams over a slow line are slow together, and no client is at fault: there a chunk is too
 //! old only once so much else has gone out that its turn must have come.
 //!
-//! Lanes are left out: their peers watch them, and a lane that has nothing to say is no sign of
-//! anything.
+//! Lanes are left out: their peers watch them, and a lane with nothing to send is normal.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, HashMap};
@@ -27,10 +26,10 @@ use tokio::time::Instant;
 use super::slow_clients::{SendRate, SlowClientLimit};
 use crate::budget::UNCHARGED_BYTES_MAX;
 
-/// What is handed over at once, to wait for the stream's window.
+/// Bytes handed over at once, to wait for the stream's window.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// What HTTP/2 may have in its hands of a stream, our pieces included: it sends all streams in
+/// Bytes of a stream that HTTP/2 buffers at most, our chunks included: it sends all streams in
 /// turn.
 const BUFFERED_BYTES_MAX: u64 = 512 << 10;
 
@@ -45,7 +44,7 @@ const SHARED_LINE_FACTOR: u32 = 10;
 #[derive(Debug, Default)]
 pub struct ResponseTracker {
     state: Mutex<TrackerState>,
-    /// What the socket has taken of this connection.
+    /// Bytes that the socket has taken of this connection.
     written_bytes: AtomicU64,
 }
 
@@ -53,7 +52,7 @@ pub struct ResponseTracker {
 #[derive(Debug)]
 struct UnsentChunk {
     since: Instant,
-    /// What the socket had taken by then.
+    /// Bytes that the socket had taken by then.
     written_before: u64,
 }
 
@@ -61,12 +60,12 @@ struct UnsentChunk {
 struct TrackerState {
     /// Requests that have no answer yet, or one that is not over.
     streams: usize,
-    /// When the last of them ended.
+    /// The time at which the last of them ended.
     idle_since: Option<Instant>,
     last_id: u64,
-    /// What waits for the client, and since when.
+    /// Chunks that wait for the client, and since when.
     unsent: BTreeMap<u64, UnsentChunk>,
-    /// Of large answers, as long as not all of them was handed over.
+    /// Rates of large answers, until all of each was handed over.
     rates: HashMap<u64, SendRate>,
 }
 
@@ -115,6 +114,7 @@ impl ResponseTracker {
                 piece.since.elapsed(),
                 written.saturating_sub(piece.written_before),
             );
+            // This client takes nothing at all: it is not just slow.
             let is_idle =
                 || u128::from(written) * limit.as_millis() < TAKEN_BYTES_MIN * age.as_millis();
             age > limit
@@ -186,6 +186,7 @@ impl StreamGuard {
 impl Drop for StreamGuard {
     fn drop(&mut self) {
         let mut state = self.0.lock();
+        assert_ne!(state.streams, 0, "each stream ends once");
         state.streams -= 1;
         if state.streams == 0 {
             state.idle_since = Some(Instant::now());

@@ -1,9 +1,9 @@
 //! The rate at which large answers have to go out while there is little room for them.
 //!
 //! A value is charged whole until its last byte is out, so a few dozen clients that read slowly can
-//! take all that is set aside for the answers of a node. As long as half of that is left, slow is
-//! good enough. From then on, whoever is below the rate since its answer began has to go, whether
-//! it means harm or has a bad line: else nobody else would get a large answer.
+//! take all that is set aside for the answers of a node. As long as half of that is left, any rate
+//! will do. From then on, a client below the rate since its answer began is cut, whether it means
+//! harm or has a bad line: otherwise no other client would get a large answer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::budget::Budget;
 
-/// What may be missing: kernels tell in steps of tens of KiB what the other side took.
+/// Bytes that may be missing: kernels report in steps of tens of KiB what the other side took.
 const SLACK_BYTES: u64 = 256 << 10;
 
 /// Knows when answers have to be taken fast.
@@ -38,7 +38,7 @@ impl SlowClientLimit {
     }
 }
 
-/// How fast an answer is taken.
+/// The rate at which an answer is taken.
 #[derive(Debug, Clone, Copy)]
 pub struct SendRate {
     since: Instant,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::descriptors;
 use crate::http::prometheus::{Exposition, MetricKind, MetricSource};
 
-/// What a server counts.
+/// The counters of a server.
 #[derive(Debug, Default)]
 pub struct ServerStats {
     pub(super) clients: AtomicU64,
@@ -29,9 +29,15 @@ impl ServerStats {
         self.stalled.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts a connection that is told that there are too many.
+    /// Counts a connection past the limit that was refused.
     pub(super) fn refuse(&self) {
         self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Gives a place back that [`Self::take`] has taken.
+    pub(super) fn give_back(counter: &AtomicU64) {
+        let before = counter.fetch_sub(1, Ordering::Relaxed);
+        assert_ne!(before, 0, "no place is given back that was not taken");
     }
 
     /// Takes a place of those that `counter` counts, of which there are `max`. False: there is

@@ -1,13 +1,13 @@
-//! A socket whose other side has to take what it asked for, and to send what it begins
+//! A socket whose client has to read its answers in time, and to send what it begins
 //! ([`ReadMonitor`]).
 //!
 //! A client that asks and does not read holds its answers in our memory. Once the kernel takes no
-//! more, the client has a time in which it must take some; else writing fails, and the connection
-//! ends with all that it held. Nothing is timed while the kernel takes what it is given, so this
-//! costs a connection in use nothing.
+//! more, the client has a time in which it must take some; otherwise writing fails, and the
+//! connection ends with all that it held. No timer runs while the kernel takes what it is given, so
+//! this costs a connection in use nothing.
 //!
-//! While answers have little room, one over HTTP/1 has to be taken at a rate too
-//! ([`SlowClientLimit`]). Streams of HTTP/2 have theirs in [`ResponseTracker`].
+//! While the budget of answers is short, an answer over HTTP/1 also has to be taken at a minimum
+//! rate ([`SlowClientLimit`]). Streams of HTTP/2 have theirs in [`ResponseTracker`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -24,12 +24,12 @@ use super::response_tracker::ResponseTracker;
 use super::slow_clients::{SendRate, SlowClientLimit};
 use super::stats::ServerStats;
 
-/// What must be taken within the time. Linux says that a socket takes more once half of what is
-/// kept unsent (`server::UNSENT_BYTES_MAX`) is gone, so who is slow has to take 64 KiB: over the
+/// Bytes to be taken within the time. Linux says that a socket takes more once half of the unsent
+/// bytes (`listener::UNSENT_BYTES_MAX`) are gone, so a slow client has to take 64 KiB: over the
 /// slowest lines in use this takes a few seconds.
 const TAKEN_BYTES_MIN: usize = 16 << 10;
 
-/// How often a stalled socket is looked at within the time for [`TAKEN_BYTES_MIN`].
+/// Checks of a stalled socket within the time for [`TAKEN_BYTES_MIN`].
 const STALL_CHECKS: u32 = 4;
 
 /// Once all was taken, what is written after this is another answer. Pieces of one follow each
@@ -47,7 +47,7 @@ pub struct TimedStream {
     stall: Option<WriteStall>,
 }
 
-/// What was seen of the other side since the kernel did not take all that there was.
+/// A client that has not taken all that there was.
 struct WriteStall {
     timer: Pin<Box<Sleep>>,
     /// Of the time for [`TAKEN_BYTES_MIN`].
@@ -56,7 +56,7 @@ struct WriteStall {
     sent_bytes: usize,
     /// Of the whole answer.
     rate: SendRate,
-    /// When all was taken, if it is.
+    /// The time at which all was taken, if it is.
     drained_at: Option<Instant>,
 }
 
@@ -108,6 +108,7 @@ impl TimedStream {
     ) -> Poll<io::Result<usize>> {
         match written {
             Poll::Ready(Ok(bytes)) => {
+                assert!(bytes <= wanted, "a socket takes no more than there is");
                 self.tracker.wrote(bytes);
                 if let Some(stall) = &mut self.stall {
                     match stall.drained_at {
@@ -212,7 +213,8 @@ impl AsyncWrite for TimedStream {
         self.stream.is_write_vectored()
     }
 
-    /// hyper calls this whenever it was woken while a request is worked on, with nothing to write.
+    /// Checks the client too: hyper calls this whenever it was woken while a request is worked on,
+    /// with nothing to write.
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if let Poll::Ready(error) = this.read_monitor.poll_disconnected(&this.stream, cx) {

@@ -1,9 +1,9 @@
-//! A future beside the main one of a task, which is polled only when it was woken itself.
+//! [`WakeGate`]: polls a secondary future of a task only when that future was woken itself.
 //!
-//! A task that waits for a connection and, beside it, for a stop and some timers is woken by the
-//! connection at every request. To ask all the others each time takes locks, one of them shared by
-//! all connections. So they have a waker of their own here, which notes that one of them has
-//! something to say; without that note a poll costs two looks at atomics.
+//! A task that waits for a connection and also for a stop and some timers is woken by the
+//! connection at every request. Polling all the others each time takes locks, one of them shared by
+//! all connections. So they have a waker of their own here, which sets a flag; without that flag a
+//! poll costs two atomic reads.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -41,7 +41,7 @@ impl<'a> KvsBody<'a> {
         }
     }
 
-    /// What the answer returns of the causal context; none: the request carries none.
+    /// Returns the causal context that the answer repeats. None if the request carries none.
     pub fn causal_context(&self) -> Option<Box<RawValue>> {
         let KvsBody::Object(Fields {
             causal_context: Some(given),

@@ -171,8 +171,8 @@ fn can_exist(key: &[u8]) -> bool {
     (1..=KEY_BYTES_MAX).contains(&key.len()) && !is_reserved(key)
 }
 
-/// A value as it is stored: a string as its characters, if it stands for any text, everything else
-/// as it was given.
+/// Returns a value as it is stored: a string as its characters, if it stands for any text,
+/// everything else as it was given.
 fn stored(value: &RawValue) -> (Media, Bytes) {
     let json = value.get();
     match serde_json::from_str::<JsonText<'_>>(json) {
@@ -200,7 +200,7 @@ fn retrieved(record: &Record) -> KvsResponse {
     )
 }
 
-/// Whom to ask about a key instead of this node; none: this is the one.
+/// Returns the node to ask about a key instead of this one. None if this node is the right one.
 async fn address(app: &App, key: &[u8]) -> Option<Address> {
     let map = app.store.map(options()).await.ok()?;
     let shard = map.owner_of(key);

@@ -9,7 +9,7 @@ use crate::http::dialects::error::DialectError;
 use crate::http::dialects::response::json;
 use crate::types::Address;
 
-/// What an answer says, without what may be added to any.
+/// The members of an answer, without those that may be added to any.
 #[derive(Debug, Clone, Serialize)]
 #[serde(untagged, rename_all_fields = "kebab-case")]
 pub enum ResponseContent {
@@ -85,7 +85,7 @@ pub struct ShardJson {
 pub struct KvsResponse {
     status: StatusCode,
     content: ResponseContent,
-    /// Whom to ask about the key.
+    /// The node to ask about the key instead.
     address: Option<Address>,
     pub causal_context: Option<Box<RawValue>>,
     retry_after_s: Option<u64>,
@@ -114,7 +114,7 @@ impl KvsResponse {
         }
     }
 
-    /// `{"error":"...","message":"Error in PUT"}`
+    /// Returns `{"error":"...","message":"Error in PUT"}`.
     pub fn failed(status: StatusCode, error: impl Into<String>, method: &Method) -> Self {
         Self::new(
             status,
@@ -178,7 +178,7 @@ impl KvsResponse {
     }
 }
 
-/// A HEAD is a GET whose answer is cut off.
+/// Returns the message of an error. HEAD counts as GET: its answer is only cut off.
 fn error_in(method: &Method) -> String {
     let method = if *method == Method::HEAD {
         &Method::GET

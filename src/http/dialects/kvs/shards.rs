@@ -100,7 +100,7 @@ pub async fn one(app: &App, id: &str) -> Result<KvsResponse, DialectError> {
     })
 }
 
-/// A shard as it is called here.
+/// Returns a shard's id as these dialects write it.
 pub fn id_of(shard: GroupId) -> String {
     shard.0.to_string()
 }
@@ -114,7 +114,7 @@ pub fn addresses(map: &ShardMap, place: &ShardPlace) -> Vec<Address> {
         .collect()
 }
 
-/// What is asked one after the other is answered, all in all, in the time of one answer.
+/// Runs several questions within the time of one answer.
 async fn in_time<T>(
     app: &App,
     requested: impl Future<Output = Result<T, Failure>>,

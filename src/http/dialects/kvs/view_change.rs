@@ -38,13 +38,13 @@ use crate::http::metrics::RequestTimer;
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, PlanEpoch};
 
-/// How long the end of a change is waited for.
+/// Time for a change to end.
 const WAIT_MAX: Duration = Duration::from_secs(600);
-/// How long the keys are counted for once the change is done.
+/// Time to count the keys once the change is done.
 const COUNT_WAIT_MAX: Duration = Duration::from_secs(10);
 /// Between two counts.
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
-/// How often a change is asked for again because another one was accepted at that moment.
+/// Attempts at a change while others are accepted at the same moment.
 const ATTEMPTS_MAX: u32 = 10;
 
 /// Changes the view, waits for the end of it, and counts.
@@ -70,7 +70,7 @@ pub async fn change(
     })
 }
 
-/// The nodes, and the change to them.
+/// Returns the nodes, and the change to them.
 fn parse(request_body: &KvsBody<'_>) -> Result<(Vec<Address>, ViewChange), DialectError> {
     let fields = match request_body {
         KvsBody::Nothing => return Err(DialectError::bad_request("Bad json format")),
@@ -135,7 +135,7 @@ struct ViewChangeRun<'a> {
     app: &'a App,
     /// In the order given.
     nodes: Vec<Address>,
-    /// Whom to ask about the cluster: this node, as long as it can tell.
+    /// The store to ask about the cluster: this node's, as long as it can tell.
     store: Arc<dyn Store>,
     deadline: Instant,
 }
@@ -225,13 +225,15 @@ impl<'a> ViewChangeRun<'a> {
         self.store.operation(id, options()).await
     }
 
-    /// What each part of the store has, once the change is done where this is asked too.
+    /// Counts the keys of each part of the store, once the change is done where the counting is
+    /// asked.
     async fn count(&mut self, done: PlanEpoch) -> Result<Vec<PartJson>, DialectError> {
         let deadline = Instant::now() + COUNT_WAIT_MAX;
         let mut last = None;
         while Instant::now() < deadline && !self.is_stopping() {
             match try_join(self.store.status(), self.store.count(options())).await {
                 Ok((status, counts)) => {
+                    // The node asked may not have heard of the end of the change.
                     let is_old = status.epoch < done || !status.settled;
                     match parts(&self.nodes, &status, &counts).filter(|_| !is_old) {
                         Some(parts) => return Ok(parts),
@@ -251,7 +253,7 @@ impl<'a> ViewChangeRun<'a> {
         })
     }
 
-    /// A wait must not hold up a clean stop.
+    /// Returns true if the server stops: a wait must not hold that up.
     fn is_stopping(&self) -> bool {
         self.app
             .readiness
@@ -268,8 +270,8 @@ impl<'a> ViewChangeRun<'a> {
     }
 }
 
-/// The parts of the store, each with its keys. None: the view has other nodes, or other shards than
-/// were counted.
+/// Returns the parts of the store, each with its keys. None if the view has other nodes, or other
+/// shards than were counted.
 fn parts(
     nodes: &[Address],
     status: &ClusterStatus,
