@@ -69,7 +69,7 @@ pub struct HttpAccess {
     book: AddressBook,
     map: RwLock<Option<Arc<ShardMap>>>,
     leaders: Mutex<HashMap<GroupId, LeaderHint>>,
-    contacts: HomeProbe,
+    home_probe: HomeProbe,
     /// Held while the map is asked for; when that was last.
     refreshing: tokio::sync::Mutex<Option<Instant>>,
 }
@@ -98,7 +98,7 @@ struct TransferAnswer {
 
 impl HttpAccess {
     pub fn new(seeds: Vec<Address>, caller: ShardCaller) -> Self {
-        let (map, leaders, contacts) = (
+        let (map, leaders, home_probe) = (
             RwLock::default(),
             Mutex::default(),
             HomeProbe::new(caller.clone()),
@@ -109,7 +109,7 @@ impl HttpAccess {
             book,
             map,
             leaders,
-            contacts,
+            home_probe,
             refreshing: tokio::sync::Mutex::default(),
         }
     }
@@ -437,8 +437,8 @@ impl ShardAccess for HttpAccess {
 
     async fn contact(&self, shard: GroupId) -> Option<Address> {
         let map = self.map()?;
-        self.contacts
-            .of(&map, shard, self.leader(shard, &map), |node| {
+        self.home_probe
+            .node_to_ask(&map, shard, self.leader(shard, &map), |node| {
                 self.book.address(node)
             })
             .await

@@ -187,7 +187,7 @@ impl WaitReason {
 }
 
 /// Decides what the node with `own` does, having heard this from the other nodes of its `VIEW`.
-pub fn next_step(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> BootstrapStep {
+pub fn next_step(own: OwnFacts<'_>, answers: &BTreeMap<Address, PeerAnswer>) -> BootstrapStep {
     match own.stamp {
         Stamp::Member { view, .. } | Stamp::Founding { view } => {
             return too_old(own, view).unwrap_or(BootstrapStep::Start);
@@ -199,11 +199,11 @@ pub fn next_step(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> Bo
                 cluster: Some(*cluster),
                 members: members.clone(),
             };
-            return known_cluster(own, heard).unwrap_or(BootstrapStep::Wait(spare));
+            return known_cluster(own, answers).unwrap_or(BootstrapStep::Wait(spare));
         }
         Stamp::Fresh | Stamp::Promised { .. } => {}
     }
-    if let Some(step) = known_cluster(own, heard) {
+    if let Some(step) = known_cluster(own, answers) {
         return step;
     }
     if !own.view.contains(own.address) {
@@ -217,12 +217,12 @@ pub fn next_step(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> Bo
             view: own.view.to_vec(),
         });
     }
-    if let Some(mismatch) = first_mismatch(own, heard) {
+    if let Some(mismatch) = first_mismatch(own, answers) {
         return BootstrapStep::Wait(WaitReason::Mismatch(mismatch));
     }
     let others = own.view.iter().filter(|address| *address != own.address);
     let silent: Vec<(Address, String)> = others
-        .filter_map(|address| silence(address, heard))
+        .filter_map(|address| silence(address, answers))
         .collect();
     match own.view.first() {
         Some(founder) if founder != own.address => BootstrapStep::Wait(WaitReason::ForFounder {
@@ -238,8 +238,11 @@ fn too_old(own: OwnFacts<'_>, view: &View) -> Option<BootstrapStep> {
     (view.level > own.speaks).then(|| BootstrapStep::Refuse(TooOld::new(view.level, own.speaks)))
 }
 
-fn silence(address: &Address, heard: &BTreeMap<Address, PeerAnswer>) -> Option<(Address, String)> {
-    match heard.get(address) {
+fn silence(
+    address: &Address,
+    answers: &BTreeMap<Address, PeerAnswer>,
+) -> Option<(Address, String)> {
+    match answers.get(address) {
         Some(PeerAnswer::Identity(_)) => None,
         Some(PeerAnswer::Silent { reason }) => Some((address.clone(), reason.clone())),
         None => Some((address.clone(), "not asked yet".to_owned())),
@@ -250,10 +253,10 @@ fn silence(address: &Address, heard: &BTreeMap<Address, PeerAnswer>) -> Option<(
 /// newest view that anyone knows counts.
 fn known_cluster(
     own: OwnFacts<'_>,
-    heard: &BTreeMap<Address, PeerAnswer>,
+    answers: &BTreeMap<Address, PeerAnswer>,
 ) -> Option<BootstrapStep> {
     let standings = || {
-        heard.values().filter_map(|heard| match heard {
+        answers.values().filter_map(|answers| match answers {
             PeerAnswer::Identity(identity) => Some(&identity.standing),
             PeerAnswer::Silent { .. } => None,
         })
@@ -315,10 +318,10 @@ fn known_cluster(
     Some(BootstrapStep::Wait(waiting))
 }
 
-fn first_mismatch(own: OwnFacts<'_>, heard: &BTreeMap<Address, PeerAnswer>) -> Option<Mismatch> {
+fn first_mismatch(own: OwnFacts<'_>, answers: &BTreeMap<Address, PeerAnswer>) -> Option<Mismatch> {
     let i_found = own.view.first() == Some(own.address);
-    heard.iter().find_map(|(address, heard)| {
-        let PeerAnswer::Identity(identity) = heard else {
+    answers.iter().find_map(|(address, answers)| {
+        let PeerAnswer::Identity(identity) = answers else {
             return None;
         };
         match &identity.standing {
@@ -597,7 +600,7 @@ mod tests {
         (0..n).map(actor).collect()
     }
 
-    fn heard(
+    fn answers(
         actors: &[Actor],
         by: usize,
         reachable: impl Fn(usize) -> bool,
@@ -636,7 +639,7 @@ mod tests {
     #[test]
     fn the_first_of_the_view_founds_once_everyone_answers() {
         let actors = actors(3);
-        let step = next_step(actors[0].own(), &heard(&actors, 0, |i| i != 2));
+        let step = next_step(actors[0].own(), &answers(&actors, 0, |i| i != 2));
         assert_eq!(
             step,
             BootstrapStep::Wait(WaitReason::ForNodes(vec![(
@@ -645,14 +648,14 @@ mod tests {
             )]))
         );
         assert_eq!(
-            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            next_step(actors[0].own(), &answers(&actors, 0, |_| true)),
             BootstrapStep::AskPromises
         );
         let waits = BootstrapStep::Wait(WaitReason::ForFounder {
             founder: address(0),
         });
         assert_eq!(
-            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            next_step(actors[1].own(), &answers(&actors, 1, |_| true)),
             waits
         );
     }
@@ -665,7 +668,7 @@ mod tests {
             ..found(&actors)
         });
         actors[0].stamp = Stamp::Founding { view };
-        let heard = heard(&actors, 1, |_| true);
+        let answers = answers(&actors, 1, |_| true);
         for (stamp, by) in [(Stamp::Fresh, 1), (actors[0].stamp.clone(), 0)] {
             let step = |speaks| {
                 next_step(
@@ -674,7 +677,7 @@ mod tests {
                         speaks,
                         ..actors[by].own()
                     },
-                    &heard,
+                    &answers,
                 )
             };
             let BootstrapStep::Refuse(refusal) = step(3) else {
@@ -698,7 +701,7 @@ mod tests {
         actors[0].stamp = Stamp::Founding { view: view.clone() };
         let node = view.node_at(&address(1)).expect("a member");
         assert_eq!(
-            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            next_step(actors[1].own(), &answers(&actors, 1, |_| true)),
             BootstrapStep::Adopt { view, node }
         );
     }
@@ -715,7 +718,7 @@ mod tests {
             node,
             members: vec![address(9)],
         };
-        let step = next_step(actors[1].own(), &heard(&actors, 1, |_| true));
+        let step = next_step(actors[1].own(), &answers(&actors, 1, |_| true));
         assert!(
             matches!(&step, BootstrapStep::Wait(WaitReason::Spare { .. })),
             "{step:?}"
@@ -728,7 +731,7 @@ mod tests {
             view: later.clone(),
         };
         assert_eq!(
-            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            next_step(actors[1].own(), &answers(&actors, 1, |_| true)),
             BootstrapStep::Adopt {
                 view: later,
                 node: NodeId(9)
@@ -750,12 +753,12 @@ mod tests {
             members,
         });
         assert_eq!(
-            next_step(actors[1].own(), &heard(&actors, 1, |_| false)),
+            next_step(actors[1].own(), &answers(&actors, 1, |_| false)),
             spare,
             "by itself"
         );
         assert_eq!(
-            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            next_step(actors[0].own(), &answers(&actors, 0, |_| true)),
             spare,
             "a fresh node that hears of nobody else"
         );
@@ -767,13 +770,13 @@ mod tests {
         let view = Box::new(found(&actors));
         actors[1].stamp = Stamp::Founding { view };
         actors[0].directory = DirectoryId(99);
-        let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
+        let step = next_step(actors[0].own(), &answers(&actors, 0, |_| true));
         assert!(
             matches!(step, BootstrapStep::Wait(WaitReason::LostDirectory { .. })),
             "{step:?}"
         );
         actors[0].address = address(9);
-        let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
+        let step = next_step(actors[0].own(), &answers(&actors, 0, |_| true));
         assert!(
             matches!(step, BootstrapStep::Wait(WaitReason::Spare { .. })),
             "{step:?}"
@@ -790,7 +793,8 @@ mod tests {
         };
         assert!(unnamed(stranger).is_some_and(|said| said.contains("cluster add 10.0.0.7:1")));
         actors[1].view = vec![address(0), address(1)];
-        let BootstrapStep::Wait(waiting) = next_step(actors[0].own(), &heard(&actors, 0, |_| true))
+        let BootstrapStep::Wait(waiting) =
+            next_step(actors[0].own(), &answers(&actors, 0, |_| true))
         else {
             panic!("it ends")
         };
@@ -817,7 +821,7 @@ mod tests {
         // The other is started again as it should have been: this one need not be.
         actors[1].view = actors[0].view.clone();
         assert_eq!(
-            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            next_step(actors[0].own(), &answers(&actors, 0, |_| true)),
             BootstrapStep::AskPromises
         );
     }
@@ -829,7 +833,7 @@ mod tests {
         let mut actors = actors(3);
         actors.iter_mut().for_each(|actor| actor.join_only = true);
         for i in 0..3 {
-            let step = next_step(actors[i].own(), &heard(&actors, i, |_| true));
+            let step = next_step(actors[i].own(), &answers(&actors, i, |_| true));
             assert_eq!(
                 step,
                 BootstrapStep::Wait(WaitReason::ForCluster {
@@ -840,7 +844,7 @@ mod tests {
         }
         actors[0].join_only = false;
         assert_eq!(
-            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            next_step(actors[0].own(), &answers(&actors, 0, |_| true)),
             BootstrapStep::AskPromises
         );
         let request = PromiseRequest {
@@ -855,7 +859,7 @@ mod tests {
         actors[0].stamp = Stamp::Founding { view: view.clone() };
         let node = view.node_at(&address(1)).expect("a member");
         assert_eq!(
-            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            next_step(actors[1].own(), &answers(&actors, 1, |_| true)),
             BootstrapStep::Adopt { view, node },
             "it joins"
         );
@@ -981,7 +985,7 @@ mod tests {
                     continue;
                 }
                 let up: Vec<bool> = (0..3).map(|_| random.random_bool(0.8)).collect();
-                match next_step(actors[i].own(), &heard(&actors, i, |n| up[n])) {
+                match next_step(actors[i].own(), &answers(&actors, i, |n| up[n])) {
                     BootstrapStep::AskPromises if ask_promises(&mut actors, i, &mut random) => {
                         founded.push(actors.iter().map(|actor| actor.directory).collect());
                     }

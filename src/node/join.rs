@@ -390,7 +390,7 @@ impl Joining {
         self: &Arc<Self>,
         shutdown: &CancellationToken,
     ) -> Result<Option<Joined>, JoinError> {
-        let mut told: Option<(WaitReason, Instant)> = None;
+        let mut last_logged: Option<(WaitReason, Instant)> = None;
         if let Some(warning) = bootstrap::unnamed(self.own(&self.directory.stamp())) {
             tracing::warn!("{warning}");
         }
@@ -399,13 +399,13 @@ impl Joining {
                 self.directory.stamp(),
                 Stamp::Member { .. } | Stamp::Founding { .. }
             );
-            let heard = if belongs {
+            let answers = if belongs {
                 BTreeMap::new()
             } else {
                 self.ask_everyone().await
             };
 
-            let step = bootstrap::next_step(self.own(&self.directory.stamp()), &heard);
+            let step = bootstrap::next_step(self.own(&self.directory.stamp()), &answers);
             let waiting = match step {
                 BootstrapStep::Start => return Ok(Some(self.as_stamped())),
                 BootstrapStep::Adopt { view, node } => {
@@ -427,7 +427,7 @@ impl Joining {
             };
 
             // Who waits for hours should read why, but not with every round.
-            if told
+            if last_logged
                 .as_ref()
                 .is_none_or(|(last, at)| *last != waiting || at.elapsed() >= TELL_INTERVAL)
             {
@@ -435,7 +435,7 @@ impl Joining {
                     WaitReason::Mismatch(_) => tracing::warn!("{waiting}"),
                     waiting => tracing::info!("{waiting}"),
                 }
-                told = Some((waiting.clone(), Instant::now()));
+                last_logged = Some((waiting.clone(), Instant::now()));
             }
 
             let interval = if waiting.is_spare() {
@@ -494,13 +494,13 @@ impl Joining {
             asked.rotate_left(by);
         }
         let answers = asked.into_iter().map(|address| async move {
-            let heard = match self.caller.identity(&address, ASK_TIMEOUT).await {
+            let answers = match self.caller.identity(&address, ASK_TIMEOUT).await {
                 Ok(identity) => PeerAnswer::Identity(identity),
                 Err(error) => PeerAnswer::Silent {
                     reason: short_reason(&error),
                 },
             };
-            (address, heard)
+            (address, answers)
         });
         join_all(answers).await.into_iter().collect()
     }

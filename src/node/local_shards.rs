@@ -63,19 +63,19 @@ const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 /// Answers for the shards of this node, and reaches the others.
 pub struct LocalShards {
     context: Arc<NodeContext>,
-    contacts: HomeProbe,
+    home_probe: HomeProbe,
     locator: Locator,
     operator: Operator,
 }
 
 impl LocalShards {
     pub fn new(context: Arc<NodeContext>) -> Self {
-        let contacts = HomeProbe::new(context.caller.clone());
+        let home_probe = HomeProbe::new(context.caller.clone());
         let locator = Locator::new(context.clone());
         let operator = Operator::new(context.clone());
         Self {
             context,
-            contacts,
+            home_probe,
             locator,
             operator,
         }
@@ -110,18 +110,13 @@ impl LocalShards {
         body: ShardBody,
         deadline: Instant,
     ) -> ShardReply {
-        let shard = group.key().group;
+        let linearizable = Consistency::Linearizable;
         match body {
             ShardBody::Write(write) => self.write(group, write, deadline).await,
+            ShardBody::Move(command) => self.take_move_step(group, command, deadline).await,
             ShardBody::Get { key, consistency } => {
                 match self.before_read(group, consistency, deadline).await {
-                    Ok(staleness) => {
-                        let (of, answers) = (group.clone(), self.answers().clone());
-                        let read = move |read: &MapRead<'_>| {
-                            read_key(&of, &answers, read, &key, staleness)
-                        };
-                        read_map(group, ReadKind::Keys, deadline, read).await
-                    }
+                    Ok(staleness) => self.read_one(group, key, staleness, deadline).await,
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
@@ -132,10 +127,9 @@ impl LocalShards {
                 consistency,
             } => match self.before_read(group, consistency, deadline).await {
                 Ok(_) => {
-                    let bytes_max = bytes_max.min(ANSWER_BYTES_MAX);
                     let many = ManyKeys {
                         keys,
-                        bytes_max,
+                        bytes_max: bytes_max.min(ANSWER_BYTES_MAX),
                         keys_only,
                     };
                     read_keys(group, self.answers(), many, deadline).await
@@ -149,64 +143,76 @@ impl LocalShards {
                 bytes_max,
                 keys_only,
                 consistency,
-            } => {
-                let direction = if reverse {
-                    Direction::Reverse
-                } else {
-                    Direction::Forward
-                };
-                let (limit, bytes_max) = (limit.min(KEYS_MAX), bytes_max.min(ANSWER_BYTES_MAX));
-                let request = PageRequest {
-                    range: range.into(),
-                    direction,
-                    limit,
-                    bytes_max,
-                    keys_only,
-                };
-                match self.before_read(group, consistency, deadline).await {
-                    Ok(_) => read_page(group, self.answers(), request, deadline).await,
+            } => match self.before_read(group, consistency, deadline).await {
+                Ok(_) => {
+                    let request = PageRequest {
+                        range: range.into(),
+                        direction: match reverse {
+                            true => Direction::Reverse,
+                            false => Direction::Forward,
+                        },
+                        limit: limit.min(KEYS_MAX),
+                        bytes_max: bytes_max.min(ANSWER_BYTES_MAX),
+                        keys_only,
+                    };
+                    read_page(group, self.answers(), request, deadline).await
+                }
+                Err(failure) => ShardReply::Failed(failure),
+            },
+            ShardBody::MoveState { id, slots } => {
+                match self.before_read(group, linearizable, deadline).await {
+                    Ok(_) => match move_destination::destination_state(group, id, slots).await {
+                        Ok(state) => ShardReply::MoveState(state),
+                        Err(error) => ShardReply::Failed(broken(group, &error)),
+                    },
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
-            ShardBody::Move(command) if move_destination::is_step(&command) => {
-                move_destination::wait_ample_room(group, &command).await;
-                match group
-                    .propose_command(move_destination::timed(command, group), deadline)
-                    .await
-                {
-                    Ok(kv::KvOutcome::Moved(outcome)) => ShardReply::Moved(outcome),
-                    Ok(other) => ShardReply::Failed(Failure::Unknown {
-                        reason: format!("a step was answered by {other:?}"),
-                    }),
-                    Err(error) => ShardReply::Failed(self.propose_failure(shard, error)),
-                }
-            }
-            ShardBody::Move(_) => ShardReply::Failed(Failure::Invalid {
-                reason: "this is no step of a move".into(),
-            }),
-            ShardBody::MoveState { id, slots } => match self
-                .before_read(group, Consistency::Linearizable, deadline)
-                .await
-            {
-                Ok(_) => match move_destination::destination_state(group, id, slots).await {
-                    Ok(state) => ShardReply::MoveState(state),
-                    Err(error) => ShardReply::Failed(broken(group, &error)),
-                },
-                Err(failure) => ShardReply::Failed(failure),
-            },
-            ShardBody::Count => match self
-                .before_read(group, Consistency::Linearizable, deadline)
-                .await
-            {
+            ShardBody::Count => match self.before_read(group, linearizable, deadline).await {
                 Ok(_) => {
-                    let of = group.clone();
-                    read_map(group, ReadKind::Page, deadline, move |read| {
-                        read_count(&of, read)
-                    })
-                    .await
+                    let replica = group.clone();
+                    let count = move |read: &MapRead<'_>| read_count(&replica, read);
+                    read_map(group, ReadKind::Page, deadline, count).await
                 }
                 Err(failure) => ShardReply::Failed(failure),
             },
+        }
+    }
+
+    /// Returns the record of a key, as of what the replica has applied.
+    async fn read_one(
+        &self,
+        group: &Arc<Replica>,
+        key: Bytes,
+        staleness: Option<Staleness>,
+        deadline: Instant,
+    ) -> ShardReply {
+        let (replica, answers) = (group.clone(), self.answers().clone());
+        let read = move |read: &MapRead<'_>| read_key(&replica, &answers, read, &key, staleness);
+        read_map(group, ReadKind::Keys, deadline, read).await
+    }
+
+    /// Proposes a step of a move to this shard, as the leader of the source has sent it.
+    async fn take_move_step(
+        &self,
+        group: &Arc<Replica>,
+        command: kv::KvCommand,
+        deadline: Instant,
+    ) -> ShardReply {
+        if !move_destination::is_step(&command) {
+            return ShardReply::Failed(Failure::Invalid {
+                reason: "this is no step of a move".into(),
+            });
+        }
+
+        move_destination::wait_ample_room(group, &command).await;
+        let command = move_destination::timed(command, group);
+        match group.propose_command(command, deadline).await {
+            Ok(kv::KvOutcome::Moved(outcome)) => ShardReply::Moved(outcome),
+            Ok(other) => ShardReply::Failed(Failure::Unknown {
+                reason: format!("a step was answered by {other:?}"),
+            }),
+            Err(error) => ShardReply::Failed(self.propose_failure(group.key().group, error)),
         }
     }
 
@@ -225,8 +231,9 @@ impl LocalShards {
                 .await
             {
                 Ok(_) => {
-                    let (of, answers) = (group.clone(), self.answers().clone());
-                    let read = move |read: &MapRead<'_>| answer_gets(&of, &answers, read, &write);
+                    let (replica, answers) = (group.clone(), self.answers().clone());
+                    let read =
+                        move |read: &MapRead<'_>| answer_gets(&replica, &answers, read, &write);
                     read_map(group, ReadKind::Keys, deadline, read).await
                 }
                 Err(failure) => ShardReply::Failed(failure),
@@ -657,8 +664,8 @@ impl ShardAccess for LocalShards {
     }
 
     async fn contact(&self, shard: GroupId) -> Option<Address> {
-        self.contacts
-            .of(
+        self.home_probe
+            .node_to_ask(
                 &self.context.map(),
                 shard,
                 self.context.known_leader(shard),
@@ -991,9 +998,9 @@ async fn read_keys(
     if !state.reads_wait(ReadKind::Keys) {
         return read_runs(group, answers, &many, false);
     }
-    let (of, answers) = (group.clone(), answers.clone());
+    let (replica, answers) = (group.clone(), answers.clone());
     let read = state.elsewhere(ReadKind::Keys, move || {
-        read_runs(&of, &answers, &many, true)
+        read_runs(&replica, &answers, &many, true)
     });
     let read = tokio::time::timeout_at(deadline, read).await;
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
@@ -1088,13 +1095,14 @@ async fn read_page(
     if !state.reads_wait(ReadKind::Page) {
         return read_steps(group, answers, &request);
     }
-    let (of, answers) = (group.clone(), answers.clone());
+    let (replica, answers) = (group.clone(), answers.clone());
     let read = move || {
         let mut ahead = answers.empty_share();
-        of.state()
+        replica
+            .state()
             .preview(|read| kv::scan_page_charged(read, &request, |bytes| ahead.grow(bytes)));
         drop(ahead);
-        read_steps(&of, &answers, &request)
+        read_steps(&replica, &answers, &request)
     };
     let read = tokio::time::timeout_at(deadline, state.elsewhere(ReadKind::Page, read)).await;
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))

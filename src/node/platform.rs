@@ -54,7 +54,7 @@ pub enum Stepped<'a> {
     Opened { from: GroupId, to: GroupId },
     /// Of a move that is open.
     Moved {
-        of: &'a Move,
+        slot_move: &'a Move,
         step: &'a moves::MoveStep,
     },
     /// Some of what moves have left over was deleted.

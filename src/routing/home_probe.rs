@@ -89,7 +89,7 @@ impl HomeProbe {
     /// Returns the name in the view of the node to ask about `shard`; None if there is no such
     /// shard. `leader` is who answered for it last, if that is known; only where it is not the
     /// home, the home is asked, by the address to reach it by, whether it is there.
-    pub async fn of(
+    pub async fn node_to_ask(
         &self,
         map: &ShardMap,
         shard: GroupId,
@@ -190,11 +190,11 @@ mod tests {
         let map = ShardMap::from_status(&status(1, None, &[home.clone(), other.clone()]));
         let contacts = HomeProbe::new(ShardCaller::new().expect("a client"));
         let first = contacts
-            .of(&map, GroupId(1), leader.map(NodeId), |node| &node.public)
+            .node_to_ask(&map, GroupId(1), leader.map(NodeId), |node| &node.public)
             .await;
         assert_eq!(
             contacts
-                .of(&map, GroupId(1), leader.map(NodeId), |node| &node.public)
+                .node_to_ask(&map, GroupId(1), leader.map(NodeId), |node| &node.public)
                 .await,
             first
         );
@@ -253,7 +253,7 @@ mod tests {
         let contacts = HomeProbe::new(ShardCaller::new().expect("a client"));
         assert_eq!(
             contacts
-                .of(&map, GroupId(9), Some(NodeId(1)), |node| &node.public)
+                .node_to_ask(&map, GroupId(9), Some(NodeId(1)), |node| &node.public)
                 .await,
             None
         );

@@ -202,7 +202,7 @@ impl Plot {
 
     fn destination(&self, step: &Stepped<'_>) -> Option<usize> {
         match step {
-            Stepped::Moved { of, .. } => self.leader(of.to),
+            Stepped::Moved { slot_move, .. } => self.leader(slot_move.to),
             Stepped::Opened { to, .. } => self.leader(*to),
             Stepped::Cleared { shard } => self.leader(*shard),
             Stepped::Members { group, step } => {
@@ -228,7 +228,10 @@ impl Plot {
 
 fn describe(step: &Stepped<'_>) -> String {
     match step {
-        Stepped::Moved { of, step } => format!("move {} {}->{}: {step:?}", of.id, of.from, of.to),
+        Stepped::Moved { slot_move, step } => format!(
+            "move {} {}->{}: {step:?}",
+            slot_move.id, slot_move.from, slot_move.to
+        ),
         Stepped::Opened { from, to } => format!("move {from}->{to} opened"),
         Stepped::Cleared { shard } => format!("shard {shard}: cleared"),
         Stepped::Members { group, step } => format!("group {group}: {step:?}"),

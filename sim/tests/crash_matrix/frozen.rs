@@ -36,10 +36,10 @@ async fn writes_to_a_frozen_slot_take_no_entries() {
         let (held, goes_on) = (held.clone(), goes_on.clone());
         host.watch(Arc::new(move |stepped| match stepped {
             Stepped::Moved {
-                of,
+                slot_move,
                 step: MoveStep::Freeze,
             } => {
-                *held.lock().expect("no holder panics") = Some(of.clone());
+                *held.lock().expect("no holder panics") = Some(slot_move.clone());
                 let goes_on = goes_on.clone();
                 Box::pin(async move { goes_on.cancelled().await })
             }

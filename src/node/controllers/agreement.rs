@@ -43,7 +43,7 @@ pub struct Agreement {
     every: Duration,
     shards: BTreeMap<GroupId, Comparing>,
     /// Answers of the nodes in this round: each is asked at most once, for all shards.
-    heard: BTreeMap<NodeId, Vec<HostedReplica>>,
+    hosted: BTreeMap<NodeId, Vec<HostedReplica>>,
 }
 
 /// State of the comparison of one shard.
@@ -73,7 +73,7 @@ impl Agreement {
             context,
             every,
             shards: BTreeMap::new(),
-            heard: BTreeMap::new(),
+            hosted: BTreeMap::new(),
         }
     }
 
@@ -87,7 +87,7 @@ impl Agreement {
     }
 
     async fn look(&mut self) {
-        self.heard.clear();
+        self.hosted.clear();
         let shards = self
             .context
             .registry
@@ -135,11 +135,11 @@ impl Agreement {
                 let Some((at, _)) = noted else {
                     return if is_late { self.due_soon() } else { now };
                 };
-                let told = self.ask(group, at).await;
-                if told.digests.len() < told.members.len() && !is_late {
+                let answers = self.ask(group, at).await;
+                if answers.digests.len() < answers.members.len() && !is_late {
                     return now;
                 }
-                match self.conclude(group, &told).await {
+                match self.conclude(group, &answers).await {
                     true => Comparing::Due {
                         at: Instant::now() + self.every,
                         settled: Some(at),
@@ -189,12 +189,12 @@ impl Agreement {
             .iter()
             .filter(|(replica, _)| **replica != own)
             .filter_map(|(replica, node)| {
-                let told = self
-                    .heard
+                let replica_hosted = self
+                    .hosted
                     .get(node)?
                     .iter()
                     .find(|hosted| hosted.group == id && hosted.replica == *replica)?;
-                Some((*replica, told.digest.clone()?))
+                Some((*replica, replica_hosted.digest.clone()?))
             });
         let own = group
             .state()
@@ -216,7 +216,7 @@ impl Agreement {
         let view = self.context.view();
         let new = nodes
             .into_iter()
-            .filter(|node| *node != self.context.node && !self.heard.contains_key(node));
+            .filter(|node| *node != self.context.node && !self.hosted.contains_key(node));
         let new: Vec<(NodeId, NodeSpec)> = new
             .filter_map(|id| Some((id, view.nodes.get(&id)?.clone())))
             .collect();
@@ -231,20 +231,20 @@ impl Agreement {
                     .unwrap_or_default(),
             )
         });
-        let heard = join_all(asked).await;
-        self.heard.extend(heard);
+        let hosted = join_all(asked).await;
+        self.hosted.extend(hosted);
     }
 
     /// Does what follows. Returns whether nothing more is to be looked after soon.
-    async fn conclude(&self, group: &Replica, told: &DigestAnswers) -> bool {
+    async fn conclude(&self, group: &Replica, answers: &DigestAnswers) -> bool {
         let (id, own) = (group.key().group, group.key().replica);
-        let members: BTreeSet<ReplicaId> = told.members.keys().copied().collect();
-        match judge(&members, &told.digests) {
+        let members: BTreeSet<ReplicaId> = answers.members.keys().copied().collect();
+        match judge(&members, &answers.digests) {
             AgreementVerdict::Agree => {
                 if group.alarm().is_none() {
                     return true;
                 }
-                if !is_majority_of_one_mind(&members, &told.digests) {
+                if !is_majority_of_one_mind(&members, &answers.digests) {
                     return false;
                 }
                 let is_recorded = self.record(group, None).await;
@@ -270,14 +270,14 @@ impl Agreement {
                 rarely!(
                     error,
                     "at {} of shard {id} these replicas differ from a majority: {list}",
-                    told.at
+                    answers.at
                 );
 
                 // A leader that differs can't rebuild others from its own map.
                 if differing.contains(&own) {
-                    self.hand_over(group, told, &differing).await;
+                    self.hand_over(group, answers, &differing).await;
                 } else {
-                    self.rebuild(group, told, &differing).await;
+                    self.rebuild(group, answers, &differing).await;
                 }
                 false
             }
@@ -285,9 +285,9 @@ impl Agreement {
                 let reason = format!(
                     "its replicas differ as of entry {}, and no majority is of one mind ({} of {} \
                      answered); bring the others back, or restore the shard",
-                    told.at,
-                    told.digests.len(),
-                    told.members.len()
+                    answers.at,
+                    answers.digests.len(),
+                    answers.members.len()
                 );
                 if group.alarm().is_none() {
                     self.context.differed(id);
@@ -330,11 +330,11 @@ impl Agreement {
     async fn hand_over(
         &self,
         group: &Replica,
-        told: &DigestAnswers,
+        answers: &DigestAnswers,
         differing: &BTreeSet<ReplicaId>,
     ) {
         let id = group.key().group;
-        for replica in told
+        for replica in answers
             .digests
             .keys()
             .filter(|replica| !differing.contains(replica))
@@ -359,11 +359,11 @@ impl Agreement {
     async fn rebuild(
         &self,
         group: &Replica,
-        told: &DigestAnswers,
+        answers: &DigestAnswers,
         differing: &BTreeSet<ReplicaId>,
     ) {
         for replica in differing {
-            let Some(node) = told.members.get(replica) else {
+            let Some(node) = answers.members.get(replica) else {
                 continue;
             };
             if let Err(error) = group.rebuild(*replica, *node).await {

@@ -69,7 +69,7 @@ impl LeaderPlacement {
             let home = view
                 .groups
                 .get(&id)
-                .map(|of| of.home)
+                .map(|spec| spec.home)
                 .filter(|home| *home != self.context.node && !id.is_meta());
             let target = home.and_then(|home| Some((home, view.replica_on(id, home)?)));
             let Some((home, replica)) = target.filter(|_| group.leads()) else {

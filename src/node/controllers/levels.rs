@@ -36,7 +36,7 @@ pub struct Levels {
     /// The level that this program speaks: it can raise that of the cluster no further.
     speaks: u16,
     raise_after: Duration,
-    heard: LevelReports,
+    reports: LevelReports,
 }
 
 /// The level that each node speaks, and since when it has said so without a gap.
@@ -98,7 +98,7 @@ impl Levels {
             context,
             speaks,
             raise_after,
-            heard: LevelReports::default(),
+            reports: LevelReports::default(),
         }
     }
 
@@ -111,7 +111,7 @@ impl Levels {
                 .get(GroupId::META)
                 .filter(|meta| meta.leads());
             let Some(meta) = meta.filter(|_| self.context.view().level < self.speaks) else {
-                self.heard.0.clear();
+                self.reports.0.clear();
                 continue;
             };
             let Ok(view) = read_applied_view(&meta) else {
@@ -119,8 +119,8 @@ impl Levels {
             };
             let answers = self.ask(&view).await;
             let now = Instant::now();
-            self.heard.take(now, answers);
-            if let Some(level) = self.heard.reached(now, &view, self.raise_after) {
+            self.reports.take(now, answers);
+            if let Some(level) = self.reports.reached(now, &view, self.raise_after) {
                 self.raise(&meta, level.min(self.speaks), view.version)
                     .await;
             }
@@ -208,16 +208,16 @@ mod tests {
     #[test]
     fn the_level_is_raised_once_every_node_has_spoken_it_for_a_while_without_a_gap() {
         let (view, start) = (view(), Instant::now());
-        let mut heard = LevelReports::default();
+        let mut reports = LevelReports::default();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut round = |seconds: u64, said: &[(u64, u16, bool)]| {
-            heard.take(
+            reports.take(
                 at(seconds),
                 said.iter()
                     .map(|(node, speaks, holds)| (NodeId(*node), (*speaks, *holds)))
                     .collect(),
             );
-            heard.reached(at(seconds), &view, AFTER)
+            reports.reached(at(seconds), &view, AFTER)
         };
         assert_eq!(
             round(0, &[(1, 2, false), (2, 0, false)]),
@@ -258,11 +258,11 @@ mod tests {
     #[test]
     fn a_level_that_is_reached_is_not_raised_again() {
         let (view, now) = (View { level: 1, ..view() }, Instant::now());
-        let mut heard = LevelReports::default();
-        heard.take(
+        let mut reports = LevelReports::default();
+        reports.take(
             now,
             BTreeMap::from([(NodeId(1), (1, false)), (NodeId(2), (1, false))]),
         );
-        assert_eq!(heard.reached(now, &view, Duration::ZERO), None);
+        assert_eq!(reports.reached(now, &view, Duration::ZERO), None);
     }
 }

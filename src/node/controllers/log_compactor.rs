@@ -116,13 +116,13 @@ impl LogCompactor {
             .into_iter()
             .map(|pin| (pin.key, LogBacklog::of(space, pin.held_bytes)))
             .collect();
-        let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(LogBacklog::Little);
+        let backlog = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(LogBacklog::Little);
 
         // Witnesses hold no snapshot: they purge what all others have.
         join_all(groups.iter().map(|group| group.advertise_purge_index())).await;
         for witness in self.context.registry.witnesses() {
             if let Err(error) = witness
-                .release_log(held(witness.key()) != LogBacklog::Little)
+                .release_log(backlog(witness.key()) != LogBacklog::Little)
                 .await
             {
                 rarely!(
@@ -146,29 +146,31 @@ impl LogCompactor {
             if is_quiet && quiet.is_to_be_written_down(now) {
                 group.state().write_down();
             }
-            let held = held(group.key());
+            let backlog = backlog(group.key());
 
-            match self.step(&group, is_quiet, held) {
+            match self.step(&group, is_quiet, backlog) {
                 CompactionStep::Nothing => {}
-                CompactionStep::Purge(upto) => purge(&group, upto, held).await,
+                CompactionStep::Purge(upto) => purge(&group, upto, backlog).await,
                 CompactionStep::Snapshot => {
                     self.snapshot(&group).await;
                     // What is behind it is what was in the way. If openraft has not taken note of
                     // it yet, the next look finds it.
                     if let (true, CompactionStep::Purge(upto)) = (
-                        held != LogBacklog::Little,
-                        self.step(&group, is_quiet, held),
+                        backlog != LogBacklog::Little,
+                        self.step(&group, is_quiet, backlog),
                     ) {
-                        purge(&group, upto, held).await;
+                        purge(&group, upto, backlog).await;
                     }
                 }
             }
         }
-        pinned.values().any(|held| *held != LogBacklog::Little)
+        pinned
+            .values()
+            .any(|backlog| *backlog != LogBacklog::Little)
     }
 
-    fn step(&self, group: &Replica, is_quiet: bool, held: LogBacklog) -> CompactionStep {
-        let pins = held != LogBacklog::Little;
+    fn step(&self, group: &Replica, is_quiet: bool, backlog: LogBacklog) -> CompactionStep {
+        let pins = backlog != LogBacklog::Little;
         let weights = Weights::of(group);
         if weights.want_snapshot(is_quiet) {
             return CompactionStep::Snapshot;
@@ -177,7 +179,7 @@ impl LogCompactor {
             return CompactionStep::Nothing;
         }
         let is_kept_for =
-            |node| held != LogBacklog::TooMuch && self.context.heard_within(node, HEARD_WITHIN);
+            |node| backlog != LogBacklog::TooMuch && self.context.heard_within(node, HEARD_WITHIN);
         let status = group.status();
         match release_log(&status, status.purgeable(is_kept_for)) {
             // A snapshot would only move what is behind it.
@@ -222,8 +224,8 @@ impl LogCompactor {
     }
 }
 
-async fn purge(group: &Replica, upto: u64, held: LogBacklog) {
-    match held {
+async fn purge(group: &Replica, upto: u64, backlog: LogBacklog) {
+    match backlog {
         LogBacklog::Little | LogBacklog::Much => group.purge_log(upto).await,
         LogBacklog::TooMuch => group.purge_log_of_all(upto).await,
     }

@@ -66,10 +66,10 @@ impl MembershipController {
             let view = self.shared.context.view();
             for group in self.shared.context.registry.groups() {
                 let id = group.key().group;
-                let Some(of) = view.groups.get(&id).filter(|_| group.leads()) else {
+                let Some(spec) = view.groups.get(&id).filter(|_| group.leads()) else {
                     continue;
                 };
-                if is_as_wanted(of, &group) || self.tasks.is_busy(id) {
+                if is_as_wanted(spec, &group) || self.tasks.is_busy(id) {
                     continue;
                 }
                 let (shared, view) = (self.shared.clone(), view.clone());
@@ -86,32 +86,32 @@ impl MembershipController {
 
 /// Returns true if nothing is to be done, seen cheaply: idle groups are asked this ten times a
 /// second.
-fn is_as_wanted(of: &view::GroupSpec, group: &Replica) -> bool {
+fn is_as_wanted(spec: &view::GroupSpec, group: &Replica) -> bool {
     let watch = group.watch();
     let watch = watch.borrow();
     let membership = &watch.committed_membership;
     membership.is_uniform
         && watch.membership.log_id == membership.log_id
-        && of.is_settled()
-        && membership.voters.keys().copied().eq(of.electorate())
+        && spec.is_settled()
+        && membership.voters.keys().copied().eq(spec.electorate())
         && membership
             .learners
             .keys()
             .copied()
-            .eq(of.learners.iter().copied())
+            .eq(spec.learners.iter().copied())
 }
 
 impl MembershipSteps {
     /// Takes the next step of a group. Returns true if there is something to wait for.
     async fn step(&self, view: &View, group: &Replica) -> bool {
         let id = group.key().group;
-        let Some(of) = view.groups.get(&id) else {
+        let Some(spec) = view.groups.get(&id) else {
             return true;
         };
-        let Some(observed) = self.observe(of, group) else {
+        let Some(observed) = self.observe(spec, group) else {
             return true;
         };
-        let step = next_step(of, &observed);
+        let step = next_step(spec, &observed);
         match &step {
             MembershipStep::Nothing | MembershipStep::Wait => return true,
             MembershipStep::AddLearner(_)
@@ -124,7 +124,7 @@ impl MembershipSteps {
         }
 
         let taken =
-            tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step.clone())).await;
+            tokio::time::timeout(STEP_TIMEOUT, self.take(view, spec, group, step.clone())).await;
         let reason = match taken {
             Ok(Ok(())) => {
                 self.platform
@@ -143,7 +143,7 @@ impl MembershipSteps {
     }
 
     /// None while this replica has yet to learn the membership.
-    fn observe(&self, of: &view::GroupSpec, group: &Replica) -> Option<ObservedMembership> {
+    fn observe(&self, spec: &view::GroupSpec, group: &Replica) -> Option<ObservedMembership> {
         let me = group.key().replica;
         let watch = group.watch().borrow().clone();
         let membership = watch.membership;
@@ -164,7 +164,7 @@ impl MembershipSteps {
             .iter()
             .chain(&membership.learners)
             .map(|(replica, node)| (*replica, *node));
-        let known = of.hosted().chain(members);
+        let known = spec.hosted().chain(members);
         let alive = known
             .filter(|(replica, node)| is_up(replica, node))
             .map(|(replica, _)| replica)
@@ -195,7 +195,7 @@ impl MembershipSteps {
     async fn take(
         &self,
         view: &View,
-        of: &view::GroupSpec,
+        spec: &view::GroupSpec,
         group: &Replica,
         step: MembershipStep,
     ) -> Result<(), String> {
@@ -203,7 +203,7 @@ impl MembershipSteps {
         match step {
             MembershipStep::Nothing | MembershipStep::Wait => Ok(()),
             MembershipStep::AddLearner(replica) => {
-                let wanted = of.wanted().find(|(wanted, _)| *wanted == replica);
+                let wanted = spec.wanted().find(|(wanted, _)| *wanted == replica);
                 let node = wanted
                     .map(|(_, node)| node)
                     .ok_or("the replica is not in the view")?;
@@ -216,7 +216,7 @@ impl MembershipSteps {
                 if group.watch().borrow().term != term {
                     return Err("another has led meanwhile".into());
                 }
-                let added = match of.is_witness(replica) {
+                let added = match spec.is_witness(replica) {
                     true => group.add_witness(replica, node).await,
                     false => group.add_learner(replica, node).await,
                 };
@@ -280,7 +280,7 @@ impl MembershipSteps {
         let is_wanted = now
             .groups
             .get(&group)
-            .is_some_and(|of| of.wanted().any(|wanted| wanted == (replica, node)));
+            .is_some_and(|spec| spec.wanted().any(|wanted| wanted == (replica, node)));
         self.context.views().advance(now);
         if is_wanted {
             Ok(())
@@ -344,13 +344,13 @@ impl MembershipController {
             .registry
             .get(group)
             .ok_or("it is not open here")?;
-        let of = view
+        let spec = view
             .groups
             .get(&group)
             .ok_or("the view has no such group")?;
         let observed = self
             .shared
-            .observe(of, &led)
+            .observe(spec, &led)
             .ok_or("the membership is unknown")?;
         let reported = ReportedMembership {
             log_id: observed.log_id,
@@ -358,7 +358,7 @@ impl MembershipController {
             learners: observed.learners,
         };
         self.shared
-            .take(view, of, &led, MembershipStep::Report(reported))
+            .take(view, spec, &led, MembershipStep::Report(reported))
             .await
     }
 
@@ -370,12 +370,12 @@ impl MembershipController {
             .registry
             .get(group)
             .ok_or("it is not open here")?;
-        let of = view
+        let spec = view
             .groups
             .get(&group)
             .ok_or("the view has no such group")?;
         self.shared
-            .take(view, of, &led, MembershipStep::AddLearner(replica))
+            .take(view, spec, &led, MembershipStep::AddLearner(replica))
             .await
     }
 }

@@ -214,7 +214,7 @@ impl<T: Send + 'static> ReplicaTasks<T> {
     }
 
     pub fn has(&self, key: ReplicaKey) -> bool {
-        self.keys.values().any(|of| *of == key)
+        self.keys.values().any(|busy| *busy == key)
     }
 
     pub fn is_empty(&self) -> bool {

@@ -145,7 +145,7 @@ impl SlotMoveController {
         let open = view.moves.iter().find(|(_, open)| open.from == id);
         let shared = self.shared.clone();
         if let Some((move_id, open)) = open {
-            let of = Move {
+            let slot_move = Move {
                 id: *move_id,
                 slots: open.slots.clone(),
                 from: open.from,
@@ -153,7 +153,7 @@ impl SlotMoveController {
             };
             shared.lock_clean().remove(&id);
             self.tasks
-                .begin(id, async move { shared.drive(&group, &of).await });
+                .begin(id, async move { shared.drive(&group, &slot_move).await });
         } else if self.sources.1.contains(&id) && shared.may_open(id) {
             shared.lock_clean().remove(&id);
             self.tasks
@@ -263,25 +263,27 @@ impl MoveDriver {
     }
 
     /// Takes steps until the move has ended, or this replica leads no more.
-    async fn drive(&self, group: &Replica, of: &Move) {
-        let mut drive = DriveState {
+    async fn drive(&self, group: &Replica, slot_move: &Move) {
+        let mut state = DriveState {
             catching_up: None,
             frozen: None,
             destination: None,
         };
         loop {
-            let hitch = match self.step(group, of, &mut drive).await {
+            let error = match self.step(group, slot_move, &mut state).await {
                 Ok(true) => return,
                 Ok(false) => continue,
-                Err(hitch) => hitch,
+                Err(error) => error,
             };
-            drive.destination = None;
-            match hitch {
+            state.destination = None;
+            match error {
                 StepError::NotLeader => return,
-                StepError::Later(reason) => tracing::debug!("move {} waits: {reason}", of.id),
+                StepError::Later(reason) => {
+                    tracing::debug!("move {} waits: {reason}", slot_move.id)
+                }
                 StepError::Broken(error) => return tell_unreadable(group, &error),
             }
-            if !self.context.view().moves.contains_key(&of.id) {
+            if !self.context.view().moves.contains_key(&slot_move.id) {
                 return;
             }
             tokio::time::sleep(WAIT).await;
@@ -292,20 +294,23 @@ impl MoveDriver {
     async fn step(
         &self,
         group: &Replica,
-        of: &Move,
-        drive: &mut DriveState,
+        slot_move: &Move,
+        state: &mut DriveState,
     ) -> Result<bool, StepError> {
         let begun = Instant::now();
-        let step = self.decide(group, of, drive).await?;
-        let waits_for_none = drive.catching_up.is_none() && drive.frozen.is_none();
+        let step = self.decide(group, slot_move, state).await?;
+        let waits_for_none = state.catching_up.is_none() && state.frozen.is_none();
         let turn = match &step {
             MoveStep::Copy(_) | MoveStep::Clear if waits_for_none => Some(self.turn().await?),
             _ => None,
         };
         let waited = begun.elapsed();
-        let has_ended = self.take(group, of, &step, drive).await?;
+        let has_ended = self.take(group, slot_move, &step, state).await?;
         self.platform
-            .stepped(Stepped::Moved { of, step: &step })
+            .stepped(Stepped::Moved {
+                slot_move,
+                step: &step,
+            })
             .await;
         if turn.is_some() {
             tokio::time::sleep((begun.elapsed() - waited).min(REST_MAX)).await;
@@ -324,8 +329,8 @@ impl MoveDriver {
     async fn decide(
         &self,
         group: &Replica,
-        of: &Move,
-        drive: &mut DriveState,
+        slot_move: &Move,
+        state: &mut DriveState,
     ) -> Result<MoveStep, StepError> {
         // What is read here must be what a leader has applied.
         group
@@ -335,28 +340,28 @@ impl MoveDriver {
                 true => StepError::Later(error.to_string()),
                 false => StepError::NotLeader,
             })?;
-        if drive.destination.is_none() {
-            drive.destination = self.observe(of).await;
+        if state.destination.is_none() {
+            state.destination = self.observe(slot_move).await;
         }
-        let cursor = match &drive.destination {
+        let cursor = match &state.destination {
             Some(DestinationState::Installing(progress)) => progress.cursor.clone(),
             Some(_) | None => bytes::Bytes::new(),
         };
-        let (id, slots) = (of.id, of.slots.clone());
+        let (id, slots) = (slot_move.id, slot_move.slots.clone());
         let look = move |read: &MapRead<'_>| moves::source_state(read, id, &slots, &cursor);
         let source = group.state().read_in(ReadKind::Page, look).await?;
         if let SourceState::Copying(Remaining::Changes { .. }) = source {
-            drive.catching_up.get_or_insert_with(Instant::now);
+            state.catching_up.get_or_insert_with(Instant::now);
         }
         match &source {
-            SourceState::Frozen(_) => drop(drive.frozen.get_or_insert_with(Instant::now)),
+            SourceState::Frozen(_) => drop(state.frozen.get_or_insert_with(Instant::now)),
             SourceState::Released => {}
-            _ => drive.frozen = None,
+            _ => state.frozen = None,
         }
         Ok(next_step(
             &source,
-            drive.destination.as_ref(),
-            self.budget(of, drive),
+            state.destination.as_ref(),
+            self.budget(slot_move, state),
         ))
     }
 
@@ -364,25 +369,28 @@ impl MoveDriver {
     async fn take(
         &self,
         group: &Replica,
-        of: &Move,
+        slot_move: &Move,
         step: &MoveStep,
-        drive: &mut DriveState,
+        state: &mut DriveState,
     ) -> Result<bool, StepError> {
         match step {
-            MoveStep::Copy(progress) => self.copy(group, of, progress, drive).await?,
-            MoveStep::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
+            MoveStep::Copy(progress) => self.copy(group, slot_move, progress, state).await?,
+            MoveStep::Complete { chunk } => self.complete(group, slot_move, *chunk, state).await?,
             MoveStep::Commit => {
                 if self
-                    .end(of, meta::MetaCommand::CommitMove { id: of.id })
+                    .end(
+                        slot_move,
+                        meta::MetaCommand::CommitMove { id: slot_move.id },
+                    )
                     .await?
                 {
-                    self.context.moves.count_move(of.slots.len());
+                    self.context.moves.count_move(slot_move.slots.len());
                 }
                 return Ok(true);
             }
             MoveStep::End => {
-                self.pause(of.from);
-                self.end(of, meta::MetaCommand::AbortMove { id: of.id })
+                self.pause(slot_move.from);
+                self.end(slot_move, meta::MetaCommand::AbortMove { id: slot_move.id })
                     .await?;
                 return Ok(true);
             }
@@ -392,18 +400,18 @@ impl MoveDriver {
                 if let MoveStep::Abort(reason) = step {
                     tracing::info!(
                         "move {} of {} slots to shard {} is taken back: {reason:?}",
-                        of.id,
-                        of.slots.len(),
-                        of.to
+                        slot_move.id,
+                        slot_move.slots.len(),
+                        slot_move.to
                     );
                 }
                 if *step == MoveStep::Freeze {
-                    drive.frozen = Some(Instant::now());
+                    state.frozen = Some(Instant::now());
                 }
-                if let Some((side, command)) = step.command(of) {
-                    self.send(group, of, side, command, drive).await?;
+                if let Some((side, command)) = step.command(slot_move) {
+                    self.send(group, slot_move, side, command, state).await?;
                 }
-                if let (MoveStep::Activate, Some(since)) = (step, drive.frozen) {
+                if let (MoveStep::Activate, Some(since)) = (step, state.frozen) {
                     self.context.moves.count_freeze(since.elapsed());
                 }
             }
@@ -411,47 +419,47 @@ impl MoveDriver {
         Ok(false)
     }
 
-    fn budget(&self, of: &Move, drive: &DriveState) -> MoveLimits {
+    fn budget(&self, slot_move: &Move, state: &DriveState) -> MoveLimits {
         let view = self.context.view();
         MoveLimits {
             freeze_bytes_max: FREEZE_BYTES_MAX,
-            freeze_now: drive
+            freeze_now: state
                 .catching_up
                 .is_some_and(|since| since.elapsed() > FREEZE_NOW_AFTER),
-            freeze_overdue: drive
+            freeze_overdue: state
                 .frozen
                 .is_some_and(|since| since.elapsed() > FREEZE_TIME_MAX),
-            give_up: of
+            give_up: slot_move
                 .slots
                 .iter()
-                .all(|slot| view.targets.owner(*slot) != of.to),
+                .all(|slot| view.targets.owner(*slot) != slot_move.to),
         }
     }
 
     async fn copy(
         &self,
         group: &Replica,
-        of: &Move,
+        slot_move: &Move,
         progress: &InstallProgress,
-        drive: &mut DriveState,
+        state: &mut DriveState,
     ) -> Result<(), StepError> {
-        let (id, cursor) = (of.id, progress.cursor.clone());
+        let (id, cursor) = (slot_move.id, progress.cursor.clone());
         let look = move |read: &MapRead<'_>| moves::move_chunk(read, id, &cursor, CHUNK_BYTES);
         let chunk = group.state().read_in(ReadKind::Page, look).await?;
         let Some(chunk) = chunk else {
             return Err(StepError::Later("the move is not open here yet".into()));
         };
-        let install = chunk.install(of.id, progress.chunk);
+        let install = chunk.install(slot_move.id, progress.chunk);
         let bytes = install.bytes();
         self.send(
             group,
-            of,
+            slot_move,
             MoveSide::Destination,
             KvCommand::Install {
                 time_ms: 0,
                 install,
             },
-            drive,
+            state,
         )
         .await?;
         self.context.moves.count_chunk(bytes);
@@ -461,18 +469,19 @@ impl MoveDriver {
     async fn complete(
         &self,
         group: &Replica,
-        of: &Move,
+        slot_move: &Move,
         chunk: u64,
-        drive: &mut DriveState,
+        state: &mut DriveState,
     ) -> Result<(), StepError> {
-        let id = of.id;
+        let id = slot_move.id;
         let look = move |read: &MapRead<'_>| moves::final_contents(read, id);
         let contents = group.state().read_in(ReadKind::Page, look).await?;
         let Some(contents) = contents else {
             return Err(StepError::Later("the move is not frozen here yet".into()));
         };
-        let step = MoveCommand::Complete { chunk, contents }.into_command(of.id, &of.slots);
-        self.send(group, of, MoveSide::Destination, step, drive)
+        let step =
+            MoveCommand::Complete { chunk, contents }.into_command(slot_move.id, &slot_move.slots);
+        self.send(group, slot_move, MoveSide::Destination, step, state)
             .await
     }
 
@@ -480,10 +489,10 @@ impl MoveDriver {
     async fn send(
         &self,
         group: &Replica,
-        of: &Move,
+        slot_move: &Move,
         side: MoveSide,
         command: KvCommand,
-        drive: &mut DriveState,
+        state: &mut DriveState,
     ) -> Result<(), StepError> {
         let outcome = match side {
             MoveSide::Source => match group
@@ -498,8 +507,8 @@ impl MoveDriver {
                 }
             },
             MoveSide::Destination => {
-                drive.destination = None;
-                match self.call(of.to, ShardBody::Move(command)).await {
+                state.destination = None;
+                match self.call(slot_move.to, ShardBody::Move(command)).await {
                     ShardReply::Moved(outcome) => outcome,
                     ShardReply::Failed(failure) => {
                         return Err(StepError::Later(failure.to_string()));
@@ -517,24 +526,24 @@ impl MoveDriver {
         match outcome {
             MoveOutcome::Done => {}
             MoveOutcome::Installing(progress) => {
-                drive.destination = Some(DestinationState::Installing(progress))
+                state.destination = Some(DestinationState::Installing(progress))
             }
-            MoveOutcome::Cleared { .. } => drive.destination = None,
+            MoveOutcome::Cleared { .. } => state.destination = None,
             MoveOutcome::Rejected(moves::MoveRejection::Differs { slot, source, here }) => {
                 tracing::error!(
                     "move {} is taken back: slot {slot} holds {source:?} in shard {}, and {here:?} \
                     was counted in shard {}",
-                    of.id,
-                    of.from,
-                    of.to
+                    slot_move.id,
+                    slot_move.from,
+                    slot_move.to
                 );
-                let abort = MoveCommand::Abort.into_command(of.id, &of.slots);
+                let abort = MoveCommand::Abort.into_command(slot_move.id, &slot_move.slots);
                 group
                     .propose_command(abort, Instant::now() + STEP_TIMEOUT)
                     .await?;
             }
             MoveOutcome::Rejected(rejection) => {
-                drive.destination = None;
+                state.destination = None;
                 return Err(StepError::Later(format!("{rejection:?}")));
             }
         }
@@ -542,7 +551,7 @@ impl MoveDriver {
     }
 
     /// Has the meta group end the move. Returns false if it had ended before.
-    async fn end(&self, of: &Move, command: meta::MetaCommand) -> Result<bool, StepError> {
+    async fn end(&self, slot_move: &Move, command: meta::MetaCommand) -> Result<bool, StepError> {
         let known = self.context.view().version;
         let is_news = match self.context.tell_meta(command, STEP_TIMEOUT).await {
             Ok(meta::MetaOutcome::Done) => true,
@@ -556,22 +565,22 @@ impl MoveDriver {
         };
         tracing::debug!(
             "move {} of {} slots to shard {} has ended",
-            of.id,
-            of.slots.len(),
-            of.to
+            slot_move.id,
+            slot_move.slots.len(),
+            slot_move.to
         );
         self.context.wait_for_map(known).await;
         Ok(is_news)
     }
 
     /// Asks the destination what it has of the move.
-    async fn observe(&self, of: &Move) -> Option<DestinationState> {
+    async fn observe(&self, slot_move: &Move) -> Option<DestinationState> {
         match self
             .call(
-                of.to,
+                slot_move.to,
                 ShardBody::MoveState {
-                    id: of.id,
-                    slots: of.slots.clone(),
+                    id: slot_move.id,
+                    slots: slot_move.slots.clone(),
                 },
             )
             .await
@@ -580,8 +589,8 @@ impl MoveDriver {
             other => {
                 tracing::debug!(
                     "move {}: shard {} does not say how far it is: {other:?}",
-                    of.id,
-                    of.to
+                    slot_move.id,
+                    slot_move.to
                 );
                 None
             }

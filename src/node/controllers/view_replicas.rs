@@ -91,30 +91,30 @@ mod tests {
     fn only_what_the_view_has_had_and_has_no_more_is_forgotten() {
         let mut view = view();
         let next = view.next_replica;
-        let of = |group, replica| ReplicaKey { group, replica };
+        let key_of = |group, replica| ReplicaKey { group, replica };
         let group = view.groups.get_mut(&SHARD).expect("a shard");
         let (replica, node) = group.replicas.pop_first().expect("a replica");
-        assert!(is_retired(&view, of(SHARD, replica)));
+        assert!(is_retired(&view, key_of(SHARD, replica)));
         view.groups
             .get_mut(&SHARD)
             .expect("a shard")
             .leaving
             .insert(replica, node);
         assert!(
-            !is_retired(&view, of(SHARD, replica)),
+            !is_retired(&view, key_of(SHARD, replica)),
             "it is on its way out"
         );
         let (hosted, _) = view.groups[&SHARD]
             .replicas
             .first_key_value()
             .expect("another replica");
-        assert!(!is_retired(&view, of(SHARD, *hosted)));
+        assert!(!is_retired(&view, key_of(SHARD, *hosted)));
         assert!(
-            !is_retired(&view, of(SHARD, next)),
+            !is_retired(&view, key_of(SHARD, next)),
             "this view may be an old one, from before its id was given out"
         );
         assert!(
-            is_retired(&view, of(GroupId(99), replica)),
+            is_retired(&view, key_of(GroupId(99), replica)),
             "its group is gone"
         );
     }
