@@ -388,6 +388,7 @@ impl HttpAccess {
                 ));
             }
         };
+
         if !response.status().is_success() {
             return Err((FailureSource::Server, failure_of(response).await));
         }
@@ -587,11 +588,13 @@ impl HttpAccess {
         F: Future<Output = Result<T, Unsettled>>,
     {
         let deadline = Instant::now() + options.timeout;
+
         loop {
             let members = self.answering_first().await.unwrap_or_else(|failure| {
                 last.hear(FailureSource::Nobody, failure);
                 Vec::new()
             });
+
             for address in members {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left < TIMEOUT_MIN && last.failure().is_some() {
@@ -609,6 +612,7 @@ impl HttpAccess {
                     Ok(answer) => return Ok(answer),
                 }
             }
+
             if enough() || Instant::now() + ROUND_PAUSE >= deadline {
                 let failure = last.failure().cloned();
                 return Err(ViewChangeFailure::Failed(

@@ -256,15 +256,17 @@ fn known_cluster(
     answers: &BTreeMap<Address, PeerAnswer>,
 ) -> Option<BootstrapStep> {
     let standings = || {
-        answers.values().filter_map(|answers| match answers {
+        answers.values().filter_map(|answer| match answer {
             PeerAnswer::Identity(identity) => Some(&identity.standing),
             PeerAnswer::Silent { .. } => None,
         })
     };
+
     let views = standings().filter_map(|standing| match standing {
         Standing::Member { view } => Some(view),
         Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Retired { .. } => None,
     });
+
     let Some(view) = views.max_by_key(|view| view.version) else {
         return standings().find_map(|standing| match standing {
             Standing::Retired { cluster, members } => {
@@ -276,6 +278,7 @@ fn known_cluster(
             Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } => None,
         });
     };
+
     // A retired id is final: a view that has it is an old one, of a node that has yet to hear the
     // news.
     let retired = match own.stamp {
@@ -286,6 +289,8 @@ fn known_cluster(
         | Stamp::Founding { .. }
         | Stamp::Member { .. } => None,
     };
+
+    // Named by its directory, this node is a member; by its address alone, its disk was lost.
     let is_new = |id: &NodeId| retired.is_none_or(|retired| *id > retired);
     if let Some((node, _)) = view
         .nodes
@@ -299,6 +304,7 @@ fn known_cluster(
             })
         });
     }
+
     let members = view
         .nodes
         .values()

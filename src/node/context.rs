@@ -605,6 +605,8 @@ impl NodeContext {
         else {
             return Ok(outcome);
         };
+
+        // The address may be given away only if its owner has shown that it runs elsewhere.
         let Some(directory) = self.view().nodes.get(by).map(|node| node.directory) else {
             return Ok(outcome);
         };
@@ -615,6 +617,7 @@ impl NodeContext {
         else {
             return Ok(outcome);
         };
+
         tracing::info!(
             "node {by} is at {found} now: its old address {address} is given to the node that runs \
             there"
@@ -626,6 +629,7 @@ impl NodeContext {
             address: place_holder,
             public_address: None,
         };
+
         match self.tell_meta(away, timeout).await? {
             meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. } => {
                 self.tell_meta(announce, timeout).await
@@ -734,6 +738,7 @@ impl NodeContext {
                 .map(|hosting| hosting.failed.clone())
                 .unwrap_or_default(),
         });
+
         let moves = view.moves.iter().map(|(id, held)| MoveStatus {
             id: *id,
             from: held.from,
@@ -743,6 +748,7 @@ impl NodeContext {
         let shards = view
             .shards()
             .map(|(id, group)| describe_shard(view, id, group, answers));
+
         ClusterStatus {
             cluster: view.cluster,
             epoch: view.epoch,

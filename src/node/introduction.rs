@@ -207,11 +207,14 @@ impl Joining {
                 cluster: Some(cluster),
             };
         }
+
         let Some(own) = self.greeting(cluster, node) else {
             return GreetingReply::Failed {
                 reason: "it is starting".to_owned(),
             };
         };
+
+        // The same directory: this node itself, or a copy of it.
         if greeting.directory == own.directory {
             let is_self = greeting.starts == own.starts;
             // Of two that start at once the one at the address in the view goes first.
@@ -226,6 +229,7 @@ impl Joining {
             }
             return GreetingReply::Welcome(own);
         }
+
         let Some(peer_directories) = self.peer_directories() else {
             return GreetingReply::Failed {
                 reason: "it is starting".to_owned(),
@@ -234,6 +238,8 @@ impl Joining {
         if let Err(refusal) = peer_directories.check(greeting.directory, &greeting.starts) {
             return refused(&refusal);
         }
+
+        // Whoever is new may lie: it is asked at the address that it names.
         if !is_news && peer_directories.knows(greeting.directory, &greeting.starts) {
             return GreetingReply::Welcome(own);
         }
@@ -244,6 +250,7 @@ impl Joining {
             );
             return GreetingReply::Failed { reason };
         }
+
         match peer_directories
             .learn(greeting.directory, &greeting.starts)
             .await
@@ -321,11 +328,13 @@ impl Greeter {
         else {
             return;
         };
+
         let targets = self.targets();
         let greeted = targets
             .iter()
             .map(|address| self.joining.greet(address, &greeting));
         for (address, met) in targets.iter().zip(join_all(greeted).await) {
+            // Each is asked again until it has heard, with longer and longer pauses.
             let (now, before) = (
                 Instant::now(),
                 self.later
@@ -334,6 +343,7 @@ impl Greeter {
             );
             self.later
                 .insert(address.clone(), (now + before, (before * 2).min(PAUSE_MAX)));
+
             match met {
                 GreetingOutcome::Ours {
                     directory,

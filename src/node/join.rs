@@ -517,6 +517,8 @@ impl Joining {
             .view_set
             .iter()
             .map(|address| self.ask_promise(address, &request));
+
+        // The level of the cluster is what the oldest of its programs knows.
         let mut nodes = Vec::new();
         let mut level = self.config.speaks();
         let mut refused = Vec::new();
@@ -533,6 +535,8 @@ impl Joining {
                 Err(reason) => refused.push((address.clone(), reason)),
             }
         }
+
+        // Without one promise another may found: nothing is begun.
         if !refused.is_empty() {
             return Ok(Err(refused));
         }
@@ -541,9 +545,12 @@ impl Joining {
             level,
             ..first_view(cluster, self.config.asked, nodes)?
         });
+
+        // Durable before anybody hears of the cluster.
         let node = view.node_at(&self.config.address).unwrap_or_default();
         self.directory
             .set_stamp(Stamp::Founding { view: view.clone() })?;
+
         tracing::info!(
             "founded cluster {cluster}: {} nodes, {} shards",
             view.nodes.len(),

@@ -448,6 +448,8 @@ impl LocalShards {
             request,
             timeout
         ));
+
+        // After a moment without an answer the way to the node is looked at.
         let answered = match tokio::time::timeout(DOUBT_AFTER, &mut call).await {
             Ok(answered) => answered,
             Err(_) => {
@@ -471,6 +473,7 @@ impl LocalShards {
                 }
             }
         };
+
         if let Err(CallError::NotConnected { .. }) = answered {
             reachability.suspect(peer.node);
         }
@@ -1113,6 +1116,8 @@ async fn read_page(
 fn read_steps(group: &Replica, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
     let state = group.state();
     let (mut share, mut scan) = (answers.empty_share(), kv::PageScan::new(request));
+
+    // In steps, so that entries are applied between them.
     loop {
         let (begun, mut looks) = (std::time::Instant::now(), 0u32);
         let pauses = || {
@@ -1125,6 +1130,8 @@ fn read_steps(group: &Replica, answers: &Arc<Budget>, request: &PageRequest) -> 
             Err(error) => return ShardReply::Failed(broken(group, &error)),
         }
     }
+
+    // The page holds only if its slots were owned all the while; else it is read in one go.
     let owns =
         scan.steps() == 1 || matches!(state.read_here(|read| scan.still_owns(read)), Ok(true));
     let read = match owns {
@@ -1134,6 +1141,7 @@ fn read_steps(group: &Replica, answers: &Arc<Budget>, request: &PageRequest) -> 
             state.read_here(|read| kv::scan_page_charged(read, request, |bytes| share.grow(bytes)))
         }
     };
+
     match read {
         Ok(page) if page.items.is_empty() && page.more => {
             ShardReply::Failed(Failure::no_room(answers))

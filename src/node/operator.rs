@@ -318,6 +318,7 @@ impl Operator {
         };
         // Newcomers have to answer, so they have their turn before members, which may be away.
         addresses.sort_by_cached_key(|address| view.node_at(address).is_some());
+
         let peers = &self.context.peers.with_turns(ASKED_AT_ONCE);
         let asked = addresses.iter().map(|address| async move {
             if *address == self.own_address(view) {
@@ -326,6 +327,8 @@ impl Operator {
             peers.identity(address, ASK_TIMEOUT).await.map(Some)
         });
         let answers = join_all(asked).await;
+
+        // Members are believed to be who they were; a newcomer has to say who it is.
         let mut wanted = Vec::with_capacity(addresses.len());
         for (address, answer) in addresses.iter().zip(answers) {
             let known = view.node_at(address).and_then(|id| view.nodes.get(&id));

@@ -601,6 +601,7 @@ impl ControllerTasks {
             config.scrub_every,
         );
         tasks.start("scrubber", |stop| async move { scrubber.run(&stop).await });
+
         let findings = Arc::new(Findings::default());
         let parts = (
             storage.log.clone(),
@@ -642,6 +643,7 @@ impl NodeStorage {
         } else {
             Expect::NewOrExisting
         };
+
         let segment_bytes = segment_bytes(config.log_bytes);
         let options = LogOptions {
             expect,
@@ -652,6 +654,7 @@ impl NodeStorage {
             ..LogOptions::default()
         };
         let (log, writer) = leftovers::open_log(&disk, path, &joining.stamp(), cluster, options)?;
+
         let is_expected = !log.replicas().is_empty();
         let options = SledOptions {
             cache_bytes: config.cache_bytes,
@@ -661,18 +664,21 @@ impl NodeStorage {
         let trees = joining
             .platform()
             .open_trees(&path.join(MAPS_DIR), options, is_expected)?;
+
         let options = MapOptions {
             cache_bytes: config.cache_bytes,
             ..MapOptions::default()
         };
         let (states, checkpointer) = MapStore::open(trees, disk, path, options)?;
         leftovers::clear_maps(&log, &states)?;
+
         let thread =
             |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);
         let writer =
             thread("log-writer", Box::new(move || writer.run())).map_err(StartError::Thread)?;
         let checkpointer = thread("checkpointer", Box::new(move || checkpointer.run()))
             .map_err(StartError::Thread)?;
+
         Ok(Self {
             log,
             states: Arc::new(states),

@@ -76,12 +76,14 @@ impl LeaderPlacement {
                 self.steady.remove(&id);
                 continue;
             };
+
             let is_in_reach = self.context.heard_within(home, HEARD_WITHIN)
                 && !self.context.registry.reachability().is_unreachable(home);
             if !is_in_reach || !group.is_caught_up(replica) {
                 self.steady.remove(&id);
                 continue;
             }
+
             let status = group.status();
             let steady = self.steady.entry(id).or_insert(Steady {
                 since: Instant::now(),
@@ -93,6 +95,7 @@ impl LeaderPlacement {
                 self.steady.remove(&id);
                 continue;
             }
+
             steady.committed = status.committed;
             let since = steady.since;
             let held_back = self
@@ -103,6 +106,8 @@ impl LeaderPlacement {
                 due = Some((group, replica));
             }
         }
+
+        // One at a time: each costs its shard a moment without a leader.
         if let Some((group, replica)) = due {
             self.transfer(&group, replica).await;
         }

@@ -216,6 +216,7 @@ impl MembershipSteps {
                 if group.watch().borrow().term != term {
                     return Err("another has led meanwhile".into());
                 }
+
                 let added = match spec.is_witness(replica) {
                     true => group.add_witness(replica, node).await,
                     false => group.add_learner(replica, node).await,
@@ -244,6 +245,7 @@ impl MembershipSteps {
                 if group.watch().borrow().committed_membership.log_id != Some(reported.log_id) {
                     return Err("the members have changed meanwhile".into());
                 }
+
                 let known = view.version;
                 let report = meta::MetaCommand::Report {
                     group: id,

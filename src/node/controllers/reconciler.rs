@@ -323,6 +323,7 @@ impl Reconciler {
                 }
             }
         }
+
         let hosted: BTreeSet<ReplicaKey> = replicas_of(view, self.context.node).collect();
         let rests = |key: &ReplicaKey| {
             wipes
@@ -337,6 +338,7 @@ impl Reconciler {
             let is_busy = wipes.tasks.has(*key) || opener.are_busy_with(*key) || rests(key);
             is_retired(view, *key) && !is_last_of_meta && !is_busy
         };
+
         let stored = self.context.registry.stored();
         let to_go: Vec<ReplicaKey> = stored.into_iter().filter(is_to_go).collect();
         for key in to_go {
@@ -384,6 +386,7 @@ impl Reconciler {
             }
             return true;
         }
+
         let read = meta::read_view(&meta.state().read());
         match read {
             Ok(None) => {
@@ -399,6 +402,7 @@ impl Reconciler {
                 return true;
             }
         }
+
         if !self.announced(view) && self.may_announce() {
             match self
                 .context

@@ -311,6 +311,7 @@ impl Pass {
             };
             is_all_mended &= self.conclude(ScrubKind::Segment, &damage, self.let_go(number).await);
         }
+
         // A replica that stops meanwhile can be opened again only once nobody holds it: each is
         // looked up when its turn comes.
         let registry = &self.context.registry;
@@ -333,6 +334,7 @@ impl Pass {
                 .unwrap_or_else(|error| Err(error.to_string()));
             is_all_mended &= self.conclude(ScrubKind::Witness, &damage, rewritten);
         }
+
         let groups: Vec<GroupId> = registry.groups().iter().map(|it| it.key().group).collect();
         for group in groups.iter().filter_map(|id| registry.get(*id)) {
             is_all_mended &= self.read_snapshot(&group).await;

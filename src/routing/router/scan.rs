@@ -114,6 +114,7 @@ impl<A: ShardAccess> Router<A> {
             .collect();
         shards.sort_unstable();
         shards.dedup();
+
         let count = map.owners().len();
         let ask = |shard: GroupId| {
             let call = self.call(
@@ -123,6 +124,7 @@ impl<A: ShardAccess> Router<A> {
             );
             async move { (shard, call.await) }
         };
+
         let mut retry = None;
         let mut rest = shards.into_iter();
         let parallel = if plan.keys_only {
@@ -131,6 +133,7 @@ impl<A: ShardAccess> Router<A> {
             PARALLEL_MAX
         };
         let mut running: FuturesUnordered<_> = rest.by_ref().take(parallel).map(ask).collect();
+
         while let Some((shard, reply)) = running.next().await {
             running.extend(rest.by_ref().take(1).map(ask));
             match reply {
@@ -148,6 +151,8 @@ impl<A: ShardAccess> Router<A> {
                 | ShardReply::MoveState(_) => return Err(misfit(shard)),
             }
         }
+
+        // What no page covers has another owner than the map says.
         let missing = round.coverage.missing().next();
         Ok(missing.map(|slot| retry.unwrap_or_else(|| Retry::not_owned(slot))))
     }
