@@ -11,7 +11,7 @@
 //!
 //! All such threads and tasks are started by this room (held by `tests/architecture.rs`). Each has
 //! a [`Beat`] that counts what it does, so that others can see whether it hangs: who looks is
-//! `node/watchdog`.
+//! `node/controllers/watchdog`.
 //!
 //! A task that is started by a supervised one through [`inherit`] is supervised as well: that is
 //! how the tasks of openraft are, which it starts by itself.

@@ -352,7 +352,7 @@ impl NativeClient {
                 if !exchange.effect.goes_on_after(&failure) {
                     return Err(last.final_failure(failure));
                 }
-                last.hear(by, failure);
+                last.note(by, failure);
             }
             if self.servers.is_empty() || Instant::now() + PAUSE >= deadline {
                 let failure = last.failure().cloned();

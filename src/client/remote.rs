@@ -257,7 +257,7 @@ impl HttpAccess {
                 Err(error @ CallError::NoAnswer { .. }) => {
                     self.remember(shard, Some(LeaderHint::Silent(address)));
                     match effect {
-                        Effect::Safe => effect.told(error.into()),
+                        Effect::Safe => effect.report(error.into()),
                         // Whether it may be done again is for the router to know.
                         Effect::Once | Effect::Idempotent => {
                             return ShardReply::Failed(error.into());
@@ -478,7 +478,7 @@ impl ShardAccess for HttpAccess {
                 .post_transfer(&address, shard, to.clone(), timeout)
                 .await
             {
-                Err((by, failure)) if TRANSFER.goes_on_after(&failure) => last.hear(by, failure),
+                Err((by, failure)) if TRANSFER.goes_on_after(&failure) => last.note(by, failure),
                 Err((_, failure)) => return Err(last.final_failure(failure)),
                 Ok(leader) => return Ok(leader),
             }
@@ -591,7 +591,7 @@ impl HttpAccess {
 
         loop {
             let members = self.answering_first().await.unwrap_or_else(|failure| {
-                last.hear(FailureSource::Nobody, failure);
+                last.note(FailureSource::Nobody, failure);
                 Vec::new()
             });
 
@@ -606,7 +606,7 @@ impl HttpAccess {
                         by,
                         failure: ViewChangeFailure::Failed(failure),
                     }) if last.effect().goes_on_after(&failure) => {
-                        last.hear(by, failure);
+                        last.note(by, failure);
                     }
                     Err(unsettled) => return Err(unsettled.failure),
                     Ok(answer) => return Ok(answer),

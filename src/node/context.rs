@@ -680,7 +680,7 @@ impl NodeContext {
     /// Returns what this node says of itself and its replicas.
     pub async fn hosting(&self, lacks_room: bool) -> Hosting {
         self.joining
-            .hosting(self.hosted().await, self.failures.told(), lacks_room)
+            .hosting(self.hosted().await, self.failures.to_messages(), lacks_room)
     }
 
     async fn hosted(&self) -> Vec<HostedReplica> {

@@ -253,7 +253,7 @@ impl LocalShards {
         };
         let answer_bytes = share.as_ref().map_or(0, Share::bytes);
         match group.propose_with_gets(write, answer_bytes, deadline).await {
-            Ok(outcome) => told(outcome, share),
+            Ok(outcome) => written_reply(outcome, share),
             Err(error) => ShardReply::Failed(self.propose_failure(group.key().group, error)),
         }
     }
@@ -838,7 +838,7 @@ impl LocalShards {
 
 /// Returns what became of a write, as others are told. What its gets return stays charged to
 /// `share`.
-fn told(outcome: kv::WriteOutcome, share: Option<Share>) -> ShardReply {
+fn written_reply(outcome: kv::WriteOutcome, share: Option<Share>) -> ShardReply {
     match outcome {
         kv::WriteOutcome::Unanswered => {
             let reason = "it was done, and what its gets return is too large to be told".to_owned();
@@ -938,7 +938,7 @@ fn answer_gets(
     };
     let answer = kv::answer_gets(read, write, charge);
     match answer {
-        Ok(Some(outcome)) => told(outcome, Some(share)),
+        Ok(Some(outcome)) => written_reply(outcome, Some(share)),
         Ok(None) => ShardReply::Failed(refusal),
         Err(error) => ShardReply::Failed(broken(group, &error)),
     }

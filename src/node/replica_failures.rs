@@ -156,7 +156,7 @@ impl ReplicaFailures {
     }
 
     /// The same, as other nodes are told of it.
-    pub fn told(&self) -> Vec<FailedReplica> {
+    pub fn to_messages(&self) -> Vec<FailedReplica> {
         let told = |failure: ReplicaFailure| FailedReplica {
             group: failure.key.group,
             replica: failure.key.replica,
@@ -349,8 +349,8 @@ mod tests {
     async fn what_is_not_of_this_node_any_more_is_forgotten() {
         let failures = ReplicaFailures::default();
         failures.failed(KEY, FailureCause::Damaged, "why".to_owned());
-        assert_eq!(failures.told().len(), 1);
+        assert_eq!(failures.to_messages().len(), 1);
         failures.retain(&BTreeSet::new());
-        assert!(failures.told().is_empty() && !failures.has_failed_before(KEY));
+        assert!(failures.to_messages().is_empty() && !failures.has_failed_before(KEY));
     }
 }

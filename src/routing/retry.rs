@@ -57,7 +57,7 @@ impl Effect {
     }
 
     /// Returns the failure as it is told: nothing was done by what changes nothing.
-    pub fn told(self, failure: Failure) -> Failure {
+    pub fn report(self, failure: Failure) -> Failure {
         match (self, failure) {
             (Effect::Safe, Failure::Unknown { reason }) => Failure::Unavailable {
                 reason,
@@ -99,8 +99,8 @@ impl FailureHistory {
     ///
     /// That a server has no quorum is worth more than that another, which may be dead for weeks,
     /// takes no connection; of two that are worth the same, the later counts.
-    pub fn hear(&mut self, by: FailureSource, failure: Failure) {
-        let failure = self.effect.told(failure);
+    pub fn note(&mut self, by: FailureSource, failure: Failure) {
+        let failure = self.effect.report(failure);
         if matches!(failure, Failure::Unknown { .. }) {
             self.maybe_done.get_or_insert_with(|| failure.clone());
         }
@@ -162,7 +162,7 @@ mod tests {
                 goes_on,
                 "{effect:?}"
             );
-            assert_eq!(effect.told(unknown("reset")), told, "{effect:?}");
+            assert_eq!(effect.report(unknown("reset")), told, "{effect:?}");
             assert!(
                 effect.goes_on_after(&unavailable("no quorum")),
                 "{effect:?}"
@@ -202,7 +202,7 @@ mod tests {
             let mut last = FailureHistory::new(effect);
             heard
                 .iter()
-                .for_each(|(by, failure)| last.hear(*by, failure.clone()));
+                .for_each(|(by, failure)| last.note(*by, failure.clone()));
             last.failure().cloned()
         };
         let no_quorum = (FailureSource::Server, unavailable("no quorum"));

@@ -128,7 +128,7 @@ async fn read<T: DeserializeOwned>(
     effect: Effect,
 ) -> Result<T, Unsettled> {
     let failed = |by: FailureSource, failure: Failure| {
-        let failure = ViewChangeFailure::Failed(effect.told(failure));
+        let failure = ViewChangeFailure::Failed(effect.report(failure));
         Unsettled { by, failure }
     };
     let response = match sent {

@@ -1,5 +1,5 @@
 //! Decides what is to be done about a part of a node that does not get any further. Who looks is
-//! `node/watchdog`.
+//! `node/controllers/watchdog`.
 //!
 //! A leader needs its own disk for nothing while a quorum of others has synced what it proposed: so
 //! a disk that hangs is noticed by nobody until the log's queue is full and every write is refused.

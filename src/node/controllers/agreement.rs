@@ -184,7 +184,7 @@ impl Agreement {
         let members: BTreeMap<ReplicaId, NodeId> = all
             .filter(|(replica, _)| !membership.is_witness(*replica))
             .collect();
-        self.hear(members.values().copied().collect()).await;
+        self.ask_hosted(members.values().copied().collect()).await;
         let answers = members
             .iter()
             .filter(|(replica, _)| **replica != own)
@@ -212,7 +212,7 @@ impl Agreement {
     }
 
     /// Asks those of the nodes that were not asked in this look.
-    async fn hear(&mut self, nodes: BTreeSet<NodeId>) {
+    async fn ask_hosted(&mut self, nodes: BTreeSet<NodeId>) {
         let view = self.context.view();
         let new = nodes
             .into_iter()

@@ -35,7 +35,7 @@ impl GroupTasks {
 
     /// Waits until there may be something to do: a task has ended, the view has changed, or a tick
     /// has passed. Returns false if `shutdown` came first, and ends the tasks then.
-    pub async fn are_due(&mut self, shutdown: &CancellationToken) -> bool {
+    pub async fn wait_until_due(&mut self, shutdown: &CancellationToken) -> bool {
         supervisor::beat();
         tokio::select! {
             biased;
@@ -43,12 +43,12 @@ impl GroupTasks {
                 self.running.shutdown().await;
                 return false;
             }
-            Some(ended) = self.running.join_next_with_id() => self.put_down(ended),
+            Some(ended) = self.running.join_next_with_id() => self.note_end(ended),
             Ok(()) = self.views.changed() => {}
             () = tokio::time::sleep(self.tick) => {}
         }
         while let Some(ended) = self.running.try_join_next_with_id() {
-            self.put_down(ended);
+            self.note_end(ended);
         }
         true
     }
@@ -71,7 +71,7 @@ impl GroupTasks {
     /// Also of a task that has panicked: it kept nothing in memory that another could not find out,
     /// so it is begun again with the next look, and a view change that meets it at every node ends
     /// none of them.
-    fn put_down(&mut self, ended: Result<(Id, ()), JoinError>) {
+    fn note_end(&mut self, ended: Result<(Id, ()), JoinError>) {
         let id = ended
             .as_ref()
             .map_or_else(|error| error.id(), |(id, ())| *id);

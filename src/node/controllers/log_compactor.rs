@@ -190,7 +190,7 @@ impl LogCompactor {
 
     fn complain(&mut self, witness: &WitnessReplica) {
         let (key, bytes) = (witness.key(), witness.log_bytes());
-        if is_to_be_told(bytes, self.complained.get(&key).map(Instant::elapsed)) {
+        if is_to_be_logged(bytes, self.complained.get(&key).map(Instant::elapsed)) {
             tracing::warn!(
                 "witness {key} keeps {} MiB of log for a replica that has been away for long: \
                 bring its node back, or replace it",
@@ -274,7 +274,7 @@ fn release_log(status: &RaftStatus, purgeable: Option<u64>) -> CompactionStep {
 
 /// Returns true if so large a log of a witness is to be logged again. `last`: how long ago
 /// somebody was.
-fn is_to_be_told(bytes: u64, last: Option<Duration>) -> bool {
+fn is_to_be_logged(bytes: u64, last: Option<Duration>) -> bool {
     bytes > WITNESS_LOG_BYTES_MAX && last.is_none_or(|ago| ago >= COMPLAIN_EVERY)
 }
 
@@ -467,13 +467,13 @@ mod tests {
 
     #[test]
     fn a_large_log_of_a_witness_is_told_of_now_and_then() {
-        assert!(!is_to_be_told(WITNESS_LOG_BYTES_MAX, None));
-        assert!(is_to_be_told(WITNESS_LOG_BYTES_MAX + 1, None));
-        assert!(!is_to_be_told(
+        assert!(!is_to_be_logged(WITNESS_LOG_BYTES_MAX, None));
+        assert!(is_to_be_logged(WITNESS_LOG_BYTES_MAX + 1, None));
+        assert!(!is_to_be_logged(
             WITNESS_LOG_BYTES_MAX + 1,
             Some(COMPLAIN_EVERY - Duration::from_secs(1))
         ));
-        assert!(is_to_be_told(
+        assert!(is_to_be_logged(
             WITNESS_LOG_BYTES_MAX + 1,
             Some(COMPLAIN_EVERY)
         ));

@@ -62,7 +62,7 @@ impl MembershipController {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while self.tasks.are_due(shutdown).await {
+        while self.tasks.wait_until_due(shutdown).await {
             let view = self.shared.context.view();
             for group in self.shared.context.registry.groups() {
                 let id = group.key().group;

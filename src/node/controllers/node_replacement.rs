@@ -126,7 +126,7 @@ impl NodeReplacement {
         let nodes = nodes.filter_map(|id| Some((id, view.nodes.get(&id)?)));
         let asked = nodes.map(|(id, node)| async move {
             if id == context.node {
-                return (id, Some(context.failures.told()));
+                return (id, Some(context.failures.to_messages()));
             }
             let hosting = context.peers.hosting(node, ASK_TIMEOUT).await.ok();
             (id, hosting.map(|hosting| hosting.failed))
@@ -193,7 +193,7 @@ impl NodeReplacement {
     }
 
     fn seen(&self) -> BTreeMap<NodeId, NodePresence> {
-        let told = |sight: &PresenceRecord| {
+        let presence_of = |sight: &PresenceRecord| {
             let for_ms = as_ms(sight.since.elapsed());
             match sight.claim {
                 Some(claim) if claim.last.duration_since(claim.since) >= self.lost_disk_after => {
@@ -205,7 +205,7 @@ impl NodeReplacement {
         };
         self.seen
             .iter()
-            .map(|(id, sight)| (*id, told(sight)))
+            .map(|(id, sight)| (*id, presence_of(sight)))
             .collect()
     }
 

@@ -114,7 +114,7 @@ impl SlotMoveController {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while self.tasks.are_due(shutdown).await {
+        while self.tasks.wait_until_due(shutdown).await {
             let view = self.shared.context.view();
             if self.sources.0 != view.version {
                 self.sources = (
