@@ -4,7 +4,7 @@
 //! It reads the sources as text, cut into words, with comments, literals and test code taken out.
 //! Test code may import what it wants.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -137,6 +137,11 @@ const IMPURE: &[&[&str]] = &[
 ];
 
 /// A file past this wants to be two.
+/// How a doc comment begins that names a thing in place of saying what is returned or done.
+const NOUN_CLAUSES: &[&str] = &[
+    "What", "How", "Why", "Whether", "Where", "Who", "When", "Whom", "Whose", "Which",
+];
+
 const LINES_MAX: usize = 1300;
 
 /// As in `rustfmt.toml` and `.editorconfig`.
@@ -369,6 +374,47 @@ fn every_file_says_what_lives_in_it_and_is_of_a_size() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Who searches for a type should find one.
+#[test]
+fn no_two_types_share_a_name() {
+    let mut homes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for source in sources() {
+        for name in types(&source.words) {
+            homes.entry(name).or_default().push(source.path.clone());
+        }
+    }
+    homes.retain(|_, files| files.len() > 1);
+    assert!(homes.is_empty(), "types that share their name:\n{homes:#?}");
+}
+
+#[test]
+fn types_are_found_wherever_they_stand() {
+    let text = "pub struct A; trait B { type Item; } impl B for A { type Item = u8; } type C = A; \
+                fn f() { enum D {} } #[cfg(test)] mod tests { struct E; }";
+    assert_eq!(types(&without_tests(words(text)).0), ["A", "B", "C", "D"]);
+}
+
+/// A doc comment says what is returned or done. "What a node needs" names a thing and says nothing.
+#[test]
+fn doc_comments_begin_with_no_noun_clause() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let lines: Vec<&str> = source.text.lines().map(str::trim).collect();
+        for (at, line) in lines.iter().enumerate() {
+            let goes_on = at > 0 && lines[at - 1].starts_with("///");
+            let begins = |clause: &&str| line.starts_with(&format!("/// {clause} "));
+            if !goes_on && NOUN_CLAUSES.iter().any(|clause| begins(&clause)) {
+                wrong.push(format!("{}:{}: {line}", source.path, at + 1));
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "say what is returned or done, verb first:\n{}",
+        wrong.join("\n")
+    );
+}
+
 /// rustfmt breaks code, but neither comments nor literals; nothing else looks at the other files.
 /// Free are what can't be broken: rows of tables and fenced blocks in Markdown.
 #[test]
@@ -484,6 +530,23 @@ fn sources() -> Vec<Source> {
     });
     assert!(!sources.is_empty(), "no sources found");
     sources
+}
+
+/// Returns the names of the types that are declared: all but those associated with a trait.
+fn types(words: &[String]) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut depth = 0usize;
+    for (at, word) in words.iter().enumerate() {
+        match word.as_str() {
+            "{" => depth += 1,
+            "}" => depth = depth.saturating_sub(1),
+            "struct" | "enum" | "union" | "trait" => names.extend(words.get(at + 1).cloned()),
+            "type" if depth == 0 => names.extend(words.get(at + 1).cloned()),
+            _ => {}
+        }
+    }
+    names.retain(|name| name.starts_with(|first: char| first.is_ascii_uppercase()));
+    names
 }
 
 /// Returns the numbers of the lines that are wider than [`COLUMNS_MAX`] characters.
