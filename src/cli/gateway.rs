@@ -29,7 +29,7 @@ const PORTS_DEFAULT: [u16; 2] = [8080, 8081];
 const MEMBER_PORTS_DEFAULT: [u16; 2] = [9000, 9001];
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// What `quorate gateway` is told.
+/// Flags of `quorate gateway`.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct GatewayArguments {
@@ -54,13 +54,13 @@ pub struct GatewayArguments {
     /// room for so many beside those to the nodes
     #[arg(long, value_name = "N", default_value_t = CONNECTIONS_MAX, value_parser = connections)]
     max_connections: usize,
-    /// How long a stop may take to answer what is in flight, in seconds
+    /// Seconds that a stop may take to answer what is in flight
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     stop_timeout: u64,
-    /// What is logged, in the syntax of the `tracing` filters, such as `info` or `quorate=debug`
+    /// Filter of the log, in the syntax of the `tracing` filters, such as `info` or `quorate=debug`
     #[arg(long, env = "QUORATE_LOG", value_name = "FILTER")]
     log: Option<String>,
-    /// How log lines look
+    /// Format of log lines
     #[arg(long, value_enum, default_value_t)]
     log_format: LogFormat,
 }

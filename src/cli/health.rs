@@ -22,13 +22,13 @@ pub struct HealthArguments {
     /// 13800]
     #[arg(value_name = "HOST:PORT")]
     asked: Option<Address>,
-    /// What the node of this machine is called
+    /// Address of the node of this machine
     #[arg(long, env = "ADDRESS", value_name = "HOST:PORT", hide = true)]
     address: Option<OptionalValue<Address>>,
     /// Ask whether it should be given requests, not only whether it lives
     #[arg(long)]
     ready: bool,
-    /// How long the answer is waited for, in seconds
+    /// Seconds to wait for the answer
     #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
     timeout: Duration,
 }

@@ -85,7 +85,7 @@ enum KvSubcommand {
     },
 }
 
-/// What must hold for a write to happen.
+/// Conditions that must hold for a write to happen.
 #[derive(Debug, Args)]
 struct WriteConditions {
     /// Only if the key is at this revision (`*`: if it exists)

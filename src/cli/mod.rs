@@ -61,9 +61,9 @@ start it again.";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
     Done,
-    /// What was asked for is not there: said by the exit code, not by a message.
+    /// A key that was asked for is not there: said by the exit code, not by a message.
     Missing,
-    /// What was looked at is not as it should be: said already, and by the exit code.
+    /// Something is not as it should be: said already, and by the exit code.
     Damaged,
     /// The user did not wait for the end. What goes on was said.
     Interrupted,

@@ -29,11 +29,11 @@ const LOG_MIB_DEFAULT: u64 = 256;
 /// Connections of clients, of a node and of a gateway.
 pub const CONNECTIONS_MAX: usize = 20_000;
 
-/// What `quorate serve` is told.
+/// Flags of `quorate serve`.
 #[derive(Debug, Args)]
 pub struct ServeArguments {
-    /// What others call this node (host:port); it listens there unless told otherwise [default:
-    /// 127.0.0.1:13800]
+    /// Address of this node for others (host:port); it listens there unless told otherwise
+    /// [default: 127.0.0.1:13800]
     #[arg(long, env = "ADDRESS", value_name = "HOST:PORT")]
     pub address: Option<OptionalValue<Address>>,
     /// The nodes of the cluster to found or to join, this one among them, separated by commas
@@ -59,14 +59,14 @@ pub struct ServeArguments {
     /// Number of shards [default: one per node]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub shards: Option<u16>,
-    /// Where the data is [default: ./quorate-data, or ./quorate-data/PORT where a port or address
-    /// is given]
+    /// Directory of the data [default: ./quorate-data, or ./quorate-data/PORT where a port or
+    /// address is given]
     #[arg(short, long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
     /// Listen here instead of on the address; may be given several times
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Vec<Address>,
-    /// What clients are redirected to, if that is another address
+    /// Address that clients are redirected to, if that is another
     #[arg(long, env = "PUBLIC_ADDRESS", value_name = "HOST:PORT")]
     pub public_address: Option<OptionalValue<Address>>,
     /// Listen on this IP address (0.0.0.0: on all)
@@ -78,7 +78,7 @@ pub struct ServeArguments {
     /// Memory for the cache of the map database, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub cache_mib: u64,
-    /// What the log takes on the disk, of all shards together, in MiB. It may grow as large as the
+    /// MiB that the log of all shards together takes on the disk. It may grow as large as the
     /// snapshots of the node, up to eight times this, and by what members that are behind still
     /// need, up to as much again
     #[arg(long, value_name = "MIB", default_value_t = LOG_MIB_DEFAULT, value_parser = log_mib)]
@@ -143,17 +143,17 @@ pub struct ServeArguments {
         value_parser = clap::value_parser!(u64).range(1..)
     )]
     pub compare_every: u64,
-    /// What is on the disk is read again every so many seconds, at 16 MiB per second, and mended
-    /// where it has rotted; 0 for never
+    /// Seconds between two scrubs: all that is on the disk is read again, at 16 MiB per second, and
+    /// mended where it has rotted; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 604_800)]
     pub scrub_every: u64,
-    /// How long a stop may take to answer what is in flight, in seconds
+    /// Seconds that a stop may take to answer what is in flight
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stop_timeout: u64,
-    /// What is logged, in the syntax of the `tracing` filters, such as `info` or `quorate=debug`
+    /// Filter of the log, in the syntax of the `tracing` filters, such as `info` or `quorate=debug`
     #[arg(long, env = "QUORATE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
-    /// How log lines look
+    /// Format of log lines
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,
 }

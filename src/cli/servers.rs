@@ -26,7 +26,7 @@ pub struct Servers {
         global = true
     )]
     server: Vec<Address>,
-    /// How long an answer is waited for, in seconds: servers are asked in turn until then
+    /// Seconds to wait for an answer: servers are asked in turn until then
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds, global = true)]
     timeout: Duration,
 }

@@ -265,7 +265,7 @@ pub struct RequestTimer<'a> {
     method: usize,
     slow: Duration,
     started: Instant,
-    /// Who asks.
+    /// The client that asks.
     client: Option<SocketAddr>,
     key_hash: Option<u64>,
     class: usize,

@@ -68,7 +68,7 @@ pub struct Replica {
     /// The reason why this leader refuses writes.
     pub(super) alarm: Mutex<Option<String>>,
     pub(super) is_read_only: AtomicBool,
-    /// How full the disks of a majority of the voters are, while this replica leads.
+    /// The fill of the disks of a majority of the voters, while this replica leads.
     pub(super) voters_disk_level: Mutex<DiskLevel>,
     /// The term in which this replica gave up its lead; zero for none.
     pub(super) stepped_down: AtomicU64,

@@ -7,9 +7,9 @@
 //! in the order in which they are taken, so the same number may be another step in another run:
 //! time is the real one. All of it, every kind of change with every victim after every step:
 //!
-//! `QUORATE_STEPS=all cargo test -p quorate-sim --test crash_matrix steps -- --nocapture`, or with the name of a
-//! kind of change; `QUORATE_STEPS_FROM=n` to begin later, `QUORATE_STEPS_AT_ONCE=n` for how many
-//! clusters run at a time.
+//! `QUORATE_STEPS=all cargo test -p quorate-sim --test crash_matrix steps -- --nocapture`, or with
+//! the name of a kind of change; `QUORATE_STEPS_FROM=n` to begin later, `QUORATE_STEPS_AT_ONCE=n`
+//! for how many clusters run at a time.
 
 mod agreement;
 mod case;

@@ -36,7 +36,7 @@ pub struct BenchArguments {
     /// [default: as fast as they are answered]
     #[arg(short, long)]
     rate: Option<f64>,
-    /// How many different keys
+    /// Number of different keys
     #[arg(
         short,
         long,
@@ -50,13 +50,13 @@ pub struct BenchArguments {
     /// Bytes per value
     #[arg(long, default_value_t = 100, value_name = "BYTES")]
     value_size: usize,
-    /// What the keys begin with
+    /// Prefix of all keys
     #[arg(long, default_value = "bench-")]
     key_prefix: String,
-    /// How long to measure, in seconds
+    /// Seconds to measure
     #[arg(short, long, default_value = "10", value_parser = seconds, value_name = "SECONDS")]
     duration: Duration,
-    /// How long to run before that, in seconds
+    /// Seconds to run before that
     #[arg(long, default_value = "0", value_parser = seconds_or_none, value_name = "SECONDS")]
     warm_up: Duration,
     /// The same seed draws the same keys and values

@@ -28,7 +28,7 @@ const DRAFTS_MAX: usize = 3;
 /// Between two looks at a node that is not ready to join.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(300);
 
-/// What is to be changed.
+/// The change that is asked for.
 #[derive(Debug, Subcommand)]
 pub enum ChangeCommand<O: Args> {
     /// Take started nodes into the cluster
@@ -414,7 +414,7 @@ mod tests {
         }
     }
 
-    /// What a line asks for of a cluster of a:1, b:2 and, on its way out, c:3.
+    /// Returns the change that a line asks of a cluster of a:1, b:2 and, on its way out, c:3.
     fn asked(line: &str) -> Result<String, String> {
         let nodes = ["a:1", "b:2", "c:3"].map(|node| node.parse().expect("an address"));
         let mut status = status(1, Some(0), &nodes);

@@ -24,7 +24,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// its scrub.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
-/// Whether scrubs are begun.
+/// True if scrubs are begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScrubBegin {
     Yes,
@@ -35,13 +35,13 @@ pub enum ScrubBegin {
 struct Scrubbed {
     node: Address,
     client: NativeClient,
-    /// Which of its scrubs is followed.
+    /// The number of the scrub that is followed.
     number: u64,
     state: ScrubState,
     heard: Instant,
 }
 
-/// What is known of the scrub of a node.
+/// The last known state of the scrub of a node.
 enum ScrubState {
     Known(ScrubStatus),
     /// It can't be told how it ended, and why.

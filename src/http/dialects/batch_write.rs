@@ -364,7 +364,7 @@ mod tests {
         store
     }
 
-    /// What becomes of a batch, and how long that takes, by the clock of the test.
+    /// Returns what becomes of a batch, and how long that takes, by the clock of the test.
     async fn write_timed(store: &FakeStore, pairs: &[Pair]) -> (BatchOutcome, Duration) {
         let begun = Instant::now();
         let outcome = write(store, pairs).await;

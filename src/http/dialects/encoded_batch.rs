@@ -258,7 +258,7 @@ struct RequestedKeys {
     body: BodyBytes,
     /// As they were sent.
     raw_keys: BudgetedVec<Bytes>,
-    /// What they are stored under; empty: they can't exist.
+    /// The keys that they are stored under; empty if they can't exist.
     keys: BudgetedVec<Bytes>,
 }
 
@@ -294,7 +294,7 @@ struct LookupChunks {
     lookup: KeyLookup,
     kind: LookupKind,
     raw_keys: BudgetedVec<Bytes>,
-    /// What comes before the next element; none: all was said.
+    /// The text before the next element; None once all was said.
     opening: Option<&'static str>,
     _body: BodyBytes,
 }
@@ -330,7 +330,7 @@ impl JsonChunks for LookupChunks {
 /// The list of every pair.
 struct ScanChunks {
     all: FullScan,
-    /// What comes before the next element; none: all was said.
+    /// The text before the next element; None once all was said.
     opening: Option<&'static str>,
 }
 

@@ -53,7 +53,7 @@ pub fn is_alphanumeric(text: &str) -> bool {
 /// A value in a JSON text.
 #[derive(Debug, Clone, Copy)]
 struct Token {
-    /// Where it begins in the text; its first byte tells its kind.
+    /// Its offset in the text; its first byte tells its kind.
     at: usize,
     /// The token after it and all that it contains.
     next: usize,

@@ -68,7 +68,7 @@ struct BatchJson {
 /// they are read from.
 struct Operations {
     list: Vec<OperationJson>,
-    /// How many there were.
+    /// The number of elements.
     count: usize,
 }
 

@@ -36,7 +36,7 @@ const JSON_BODY: BodyLimit = BodyLimit {
     what: "the body of this request",
 };
 
-/// What can be made of the body of a request to a shard. Its operations have some 8 MiB at most,
+/// Parses the body of a request to a shard. Its operations have some 8 MiB at most,
 /// and with all that they may tell beside (10,000 operations, 100,000 revisions) they take half of
 /// this.
 const SHARD_REQUEST_MADE_MAX: usize = 128 << 20;

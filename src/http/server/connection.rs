@@ -48,7 +48,7 @@ use crate::http::body;
 use crate::http::limits::Limits;
 use crate::http::problem::{Code, Problem};
 
-/// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One
+/// Once a server stops, its answers over HTTP/1 say that they are the last of their connection. One
 /// that is idle, or was only just made, may be used just then, and its client could not tell
 /// whether that request was done if it were closed: so it is closed only after this.
 const IDLE_LINGER: Duration = Duration::from_millis(300);

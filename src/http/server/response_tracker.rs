@@ -197,12 +197,12 @@ impl Drop for StreamGuard {
 /// The body of an answer, in pieces.
 struct TrackedBody {
     body: Body,
-    /// What is left of the last frame of `body`.
+    /// The rest of the last frame of `body`.
     rest: Bytes,
     is_timed: bool,
     /// While it is for the client to ask for more.
     waiting_id: Option<u64>,
-    /// What it goes by in [`TrackerState::rates`].
+    /// Its key in [`TrackerState::rates`].
     rate: Option<u64>,
     stream_guard: StreamGuard,
 }

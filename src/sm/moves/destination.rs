@@ -21,7 +21,7 @@ use crate::sm::slots::{
 };
 use crate::types::{GroupId, MoveId, Slot};
 
-type Decided = Result<MoveOutcome, StoreError>;
+type DestinationDecision = Result<MoveOutcome, StoreError>;
 
 const NOT_THE_DESTINATION: &str = "this shard is the source of the move";
 
@@ -30,7 +30,7 @@ pub(in crate::sm) fn prepare<R: Read>(
     id: MoveId,
     slots: BTreeSet<Slot>,
     from: GroupId,
-) -> Decided {
+) -> DestinationDecision {
     // A driver may send the step again, and so may the driver after it.
     if let Some(open) = entry.open_move(id)? {
         return Ok(match open.phase {
@@ -90,7 +90,7 @@ pub(in crate::sm) fn install<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     time_ms: u64,
     install: Install,
-) -> Decided {
+) -> DestinationDecision {
     let Some(open) = entry.open_move(install.id)? else {
         return Ok(MoveRejection::NotOpen.into());
     };
@@ -234,7 +234,7 @@ pub(in crate::sm) fn complete<R: Read>(
     slots: &BTreeSet<Slot>,
     chunk: u64,
     contents: &BTreeMap<Slot, SlotContents>,
-) -> Decided {
+) -> DestinationDecision {
     let Some(open) = entry.open_move(id)? else {
         return not_open(entry, id, slots);
     };
@@ -284,7 +284,7 @@ pub(in crate::sm) fn activate<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> Decided {
+) -> DestinationDecision {
     let Some(open) = entry.open_move(id)? else {
         let active = every(entry, slots, |state| {
             state.generation == id && state.ownership == Ownership::Owned
@@ -320,7 +320,7 @@ pub(in crate::sm) fn cancel<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> Decided {
+) -> DestinationDecision {
     let Some(open) = entry.open_move(id)? else {
         for slot in slots {
             let state = entry.state(*slot)?;

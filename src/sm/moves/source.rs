@@ -13,14 +13,14 @@ use crate::sm::ports::{Read, StoreError};
 use crate::sm::slots::{Ownership, SlotState};
 use crate::types::{GroupId, MoveId, Slot};
 
-type Decided = Result<MoveOutcome, StoreError>;
+type SourceDecision = Result<MoveOutcome, StoreError>;
 
 pub(in crate::sm) fn begin<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: BTreeSet<Slot>,
     to: GroupId,
-) -> Decided {
+) -> SourceDecision {
     if let Some(open) = entry.open_move(id)? {
         let same = match open.phase {
             MovePhase::Copying { to: begun } | MovePhase::Frozen { to: begun } => begun == to,
@@ -71,7 +71,7 @@ pub(in crate::sm) fn freeze<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> Decided {
+) -> SourceDecision {
     let Some(open) = entry.open_move(id)? else {
         return not_open(entry, id, slots);
     };
@@ -100,7 +100,7 @@ pub(in crate::sm) fn release<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> Decided {
+) -> SourceDecision {
     let Some(open) = entry.open_move(id)? else {
         let released = every(entry, slots, |state| is_released(state, id))?;
         return if released {
@@ -133,7 +133,7 @@ pub(in crate::sm) fn abort<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> Decided {
+) -> SourceDecision {
     if let Some(open) = entry.open_move(id)? {
         return match open.phase {
             _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
@@ -194,7 +194,7 @@ pub(super) fn not_open<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> Decided {
+) -> SourceDecision {
     for slot in slots {
         let generation = entry.state(*slot)?.generation;
         if generation > id {

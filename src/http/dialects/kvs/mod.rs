@@ -84,7 +84,7 @@ impl<'a> Route<'a> {
     }
 }
 
-/// Whether `path` is one of these dialects'.
+/// Returns true if `path` is one of these dialects'.
 pub fn owns(path: &str) -> bool {
     Route::of(path).is_some()
 }
