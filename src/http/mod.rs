@@ -1,7 +1,7 @@
 //! The serving side: connections, the route table, and the dialects.
 //!
-//! [`server`] accepts connections and reads heads; [`routes`] finds the handler; a dialect
-//! ([`native`], [`dialects`]) reads the request, calls [`crate::api::store::Store`] and writes
+//! [`server`] accepts connections and reads heads; `routes` finds the handler; a dialect
+//! (`native`, `dialects`) reads the request, calls [`crate::api::store::Store`] and writes
 //! the answer. [`problem`] is the one map from an error to a response. [`peer`] has the routes that
 //! nodes call on each other. What all routes work on is an [`App`]. axum is named here alone.
 

@@ -1,9 +1,9 @@
 //! Connections: listening, letting in, reading heads, sending answers, and stopping.
 //!
-//! [`listener`] accepts and [`connection`] serves one connection to its end; what a request means
+//! `listener` accepts and `connection` serves one connection to its end; what a request means
 //! is the business of the router that it is given. A connection is wrapped twice:
-//! [`timed_stream`] cuts clients that do not read or send ([`read_monitor`], [`slow_clients`],
-//! [`response_tracker`]), [`head_budget`] charges the heads of requests.
+//! `timed_stream` cuts clients that do not read or send (`read_monitor`, `slow_clients`,
+//! `response_tracker`), `head_budget` charges the heads of requests.
 
 mod admission;
 mod client_info;
