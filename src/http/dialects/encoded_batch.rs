@@ -10,9 +10,9 @@
 //! - `POST /query` `[K, ...]`: 200 `[{"key":K,"value":true}, ...]`.
 //!
 //! What holds:
-//! - `string` data is the key or value of the other dialects, `binary` data is in [`bits`]. What
-//!   others stored is shown as `string` where it is UTF-8, and else as `binary`, 8 characters to
-//!   the byte; a key of theirs that is shown so is not the `binary` key of that name.
+//! - `string` data is the key or value of the other dialects, `binary` data is in [`bit_strings`].
+//!   What others stored is shown as `string` where it is UTF-8, and else as `binary`, 8 characters
+//!   to the byte; a key of theirs that is shown so is not the `binary` key of that name.
 //! - A key in `keys_failed` stands as it was sent. Where there was no quorum, or an answer was
 //!   lost, its pair may still be stored.
 //! - A batch is written in many steps, and is not atomic. Every pair counts in `keys_added` that
