@@ -46,7 +46,7 @@ pub struct NodePlace {
 }
 
 impl ShardMap {
-    /// The map of a node: `leader` says who leads a shard as far as the node knows.
+    /// Makes the map of a node: `leader` says who leads a shard as far as the node knows.
     pub fn from_view(view: &View, leader: impl Fn(GroupId) -> Option<NodeId>) -> Self {
         let shards = view.shards().map(|(id, group)| {
             let replicas = group.replicas.values().copied().collect();
@@ -83,7 +83,7 @@ impl ShardMap {
         }
     }
 
-    /// The map of a client, as some node told it.
+    /// Makes the map of a client, as some node told it.
     pub fn from_status(status: &ClusterStatus) -> Self {
         let shards = status
             .shards
@@ -124,7 +124,7 @@ impl ShardMap {
         }
     }
 
-    /// The shard that owns `slot`; [`GroupId::META`] where none does.
+    /// Returns the shard that owns `slot`; [`GroupId::META`] where none does.
     pub fn owner(&self, slot: Slot) -> GroupId {
         self.slots.owner(slot)
     }
@@ -144,7 +144,7 @@ impl ShardMap {
         !self.moving.is_empty() && self.moving.contains(&slot_of(key))
     }
 
-    /// The shards that own slots, in order.
+    /// Returns the shards that own slots, in order.
     pub fn owners(&self) -> &[GroupId] {
         &self.owners
     }
@@ -179,7 +179,7 @@ impl ShardMap {
         })
     }
 
-    /// The one node that peers call so, or else clients; none where several are.
+    /// Returns the one node that peers call so, or else clients; None where several are.
     pub fn node_named(&self, name: &Address) -> Option<NodeId> {
         let as_peer = self.nodes().find(|(_, node)| node.address == *name);
         let mut as_public = self.nodes().filter(|(_, node)| node.public == *name);
@@ -194,7 +194,7 @@ impl ShardMap {
         self.nodes().any(|(_, node)| node.public == *name)
     }
 
-    /// The nodes to ask about a shard, the likeliest leader first, each once.
+    /// Returns the nodes to ask about a shard, the likeliest leader first, each once.
     pub fn candidates(&self, shard: GroupId) -> Vec<&NodePlace> {
         let Some(place) = self.shard(shard) else {
             return Vec::new();

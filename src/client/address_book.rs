@@ -69,8 +69,8 @@ impl AddressBook {
             .map_or(name, |node| self.address(node).clone())
     }
 
-    /// Every node that may answer for the cluster, each once, in the order to ask them: those of
-    /// the map, then the seeds.
+    /// Returns every node that may answer for the cluster, each once, in the order to ask them:
+    /// those of the map, then the seeds.
     pub fn members(&self, map: Option<&ShardMap>) -> Vec<Address> {
         let mapped: Vec<&NodePlace> = map
             .iter()
@@ -105,7 +105,7 @@ impl AddressBook {
         members
     }
 
-    /// A node was asked, and could not be reached, or could not tell.
+    /// Notes that a node was asked, and could not be reached, or could not tell.
     pub fn was_silent(&self, address: &Address) {
         let mut suspects = self.suspects.lock();
         suspects.retain(|_, since| since.elapsed() < SUSPECT_FOR);

@@ -192,7 +192,7 @@ impl GatewayReadiness {
     }
 }
 
-/// The shards that own keys.
+/// Returns the shards that own keys.
 fn owners(status: &ClusterStatus) -> impl Iterator<Item = &ShardStatus> {
     status
         .shards

@@ -142,7 +142,7 @@ impl NativeClient {
         }
     }
 
-    /// The value of a key, if there is one.
+    /// Returns the value of a key, if there is one.
     ///
     /// # Errors
     ///
@@ -524,7 +524,7 @@ fn is_ours(response: &Response<Bytes>) -> bool {
         || problem::is_of_node(response.headers(), response.body())
 }
 
-/// The node that a `Location` names.
+/// Returns the node that a `Location` names.
 pub fn location(headers: &HeaderMap) -> Option<Address> {
     let location = headers
         .get(LOCATION)?
@@ -553,7 +553,7 @@ fn read_json<T: serde::de::DeserializeOwned>(response: &Response<Bytes>) -> Resu
         .map_err(|error| strange(&format!("an answer that can't be read: {error}")).into())
 }
 
-/// An answer that no node gives: perhaps none was asked.
+/// Returns the failure of an answer that no node gives: perhaps none was asked.
 fn strange(what: &str) -> Failure {
     Failure::Unknown {
         reason: format!("the server gave {what}; is it a quorate node?"),

@@ -51,7 +51,7 @@ const TRANSFER: Effect = Effect::Idempotent;
 pub type RemoteStore = Router<HttpAccess>;
 
 impl RemoteStore {
-    /// A store that knows these nodes at first. Nothing is asked before the first request.
+    /// Makes a store that knows these nodes at first. Nothing is asked before the first request.
     ///
     /// # Errors
     ///
@@ -118,7 +118,7 @@ impl HttpAccess {
         self.book.members(self.map().as_deref())
     }
 
-    /// The nodes to ask about a shard, in order.
+    /// Returns the nodes to ask about a shard, in order.
     fn candidates(&self, shard: GroupId, map: &ShardMap) -> VecDeque<Address> {
         self.attempts(shard, map)
             .into_iter()
@@ -286,7 +286,7 @@ impl HttpAccess {
         })
     }
 
-    /// The status as the first node tells it that answers, and at once the newest map.
+    /// Fetches the status from the first node that answers, and keeps it as the newest map.
     async fn fetch_from_any(&self) -> Result<ClusterStatus, Failure> {
         let mut last = unavailable("no node is known".into());
         let mut next: VecDeque<Address> = self.members().into();
@@ -576,7 +576,7 @@ impl HttpAccess {
         self.ask_in_rounds(options, last, ask, || false).await
     }
 
-    /// The same, until a round has ended with `enough`.
+    /// Does the same until a round has ended with `enough`.
     async fn ask_in_rounds<T, F>(
         &self,
         options: Options,
@@ -645,8 +645,8 @@ impl HttpAccess {
         Err(ViewChangeFailure::Failed(Failure::Unknown { reason }))
     }
 
-    /// The members as of now, the one first that has just said so: a change of the view may be
-    /// asked of any, and changes who they are. Those that nobody reaches come last.
+    /// Returns the members as of now, the one first that has just said so: a change of the view may
+    /// be asked of any, and changes who they are. Those that nobody reaches come last.
     async fn answering_first(&self) -> Result<Vec<Address>, Failure> {
         let status = self.fetch_from_any().await?;
         let node = |address: &Address| {

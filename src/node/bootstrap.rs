@@ -151,7 +151,7 @@ impl fmt::Display for WaitReason {
 }
 
 impl WaitReason {
-    /// The members of the cluster that exists, as far as they are known.
+    /// Returns the members of the cluster that exists, as far as they are known.
     pub fn members(&self) -> &[Address] {
         match self {
             WaitReason::Spare { members, .. } | WaitReason::LostDirectory { members, .. } => {

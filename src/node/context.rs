@@ -370,8 +370,8 @@ impl NodeContext {
         )
     }
 
-    /// The replica of the shard here, if it is to stay: one on its way out is told nothing any
-    /// more, also not who leads.
+    /// Returns the replica of the shard here, if it is to stay: one on its way out hears nothing
+    /// any more, also not who leads.
     pub fn staying_replica(&self, shard: GroupId) -> Option<Arc<Replica>> {
         let stays = self.view().replica_on(shard, self.node)?;
         self.registry
@@ -392,9 +392,9 @@ impl NodeContext {
         })
     }
 
-    /// The node to ask about a shard that this one does not lead: its leader where that is known,
-    /// else its home, else any with a replica; one that did not answer a moment ago, has just
-    /// ended, or can't be connected to, only if there is no other.
+    /// Returns the node to ask about a shard that this one does not lead: its leader where that is
+    /// known, else its home, else any with a replica; one that did not answer a moment ago, has
+    /// just ended, or can't be connected to, only if there is no other.
     pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
         let candidates = self.candidates(shard);
         let is_closed = |node: &NodeId| self.registry.reachability().is_unreachable(*node);
@@ -415,9 +415,9 @@ impl NodeContext {
         self.place_of(chosen, hop)
     }
 
-    /// The other nodes that may lead a shard, each once: the likeliest first, those behind the rest
-    /// that [`NodeContext::peer_for`] would only ask if there were no other, and none that can't be
-    /// connected to.
+    /// Returns the other nodes that may lead a shard, each once: the likeliest first, those behind
+    /// the rest that [`NodeContext::peer_for`] would only ask if there were no other, and none that
+    /// can't be connected to.
     pub fn peers_of(&self, shard: GroupId) -> Vec<PeerPlace> {
         let mut candidates = self.candidates(shard);
         candidates.sort_by_key(|(_, is_suspect)| *is_suspect);
@@ -431,8 +431,8 @@ impl NodeContext {
         asked.into_iter().filter_map(place).collect()
     }
 
-    /// The nodes that may lead a shard, but for this one, and which of them are suspect: the leader
-    /// where that is known, the home, and the others with a replica, perhaps again.
+    /// Returns the nodes that may lead a shard, but for this one, and which of them are suspect:
+    /// the leader where that is known, the home, and the others with a replica, perhaps again.
     fn candidates(&self, shard: GroupId) -> Vec<(NodeId, bool)> {
         let map = self.map();
         let Some(place) = map.shard(shard) else {
@@ -513,7 +513,7 @@ impl NodeContext {
         self.set_hint(shard, self.map().node_named(address), None);
     }
 
-    /// A node has shown that it leads the shard.
+    /// Notes that a node has shown that it leads the shard.
     pub fn note_leader(&self, shard: GroupId, leader: NodeId) {
         let promise = self
             .staying_replica(shard)
@@ -539,7 +539,7 @@ impl NodeContext {
             .retain(|(node, since)| Some(*node) != leader && since.elapsed() < SUSPECT_FOR);
     }
 
-    /// A node did not answer for the shard.
+    /// Notes that a node did not answer for the shard.
     pub fn forget_leader(&self, shard: GroupId, node: NodeId) {
         let mut hints = self.hints.lock();
         let hint = hints.entry(shard).or_default();
@@ -638,8 +638,8 @@ impl NodeContext {
         }
     }
 
-    /// The view as it is now, wherever the meta group is led, and not as this node may still know
-    /// it.
+    /// Reads the view as it is now, wherever the meta group is led, and not as this node may still
+    /// know it.
     ///
     /// # Errors
     ///
@@ -693,7 +693,7 @@ impl NodeContext {
         replicas
     }
 
-    /// The view and how its groups are: asks every node about its replicas.
+    /// Returns the view and the state of its groups: asks every node about its replicas.
     pub async fn status(&self) -> ClusterStatus {
         let mut cached = self.status.lock().await;
         let view = self.view();
@@ -773,7 +773,7 @@ impl NodeContext {
 /// Suffix of the host of a place holder. Nobody has such a name (RFC 2606).
 const PLACE_HOLDER_SUFFIX: &str = ".moving.invalid";
 
-/// The address of a node that has moved and has yet to announce where to.
+/// Returns the address of a node that has moved and has yet to announce where to.
 fn place_holder(node: NodeId) -> Result<Address, ParseError> {
     format!("{node}{PLACE_HOLDER_SUFFIX}:1").parse()
 }
@@ -789,7 +789,7 @@ fn unavailable(reason: String) -> Failure {
     }
 }
 
-/// The view as it is now, from the replica that leads the meta group.
+/// Reads the view as it is now, from the replica that leads the meta group.
 ///
 /// # Errors
 ///
@@ -801,7 +801,7 @@ pub async fn read_view_now(meta: &Replica, deadline: Instant) -> Result<View, Fa
     read_applied_view(meta)
 }
 
-/// The view that a replica of the meta group has applied.
+/// Reads the view that a replica of the meta group has applied.
 ///
 /// # Errors
 ///

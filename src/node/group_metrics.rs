@@ -151,8 +151,8 @@ fn sample(labels: Vec<(&'static str, String)>, value: u64) -> Sample {
     }
 }
 
-/// A series for each of these groups: at most [`SERIES_MAX`], those with the largest values where
-/// there are more.
+/// Returns a series for each of these groups: at most [`SERIES_MAX`], those with the largest values
+/// where there are more.
 fn largest(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
     if values.len() > SERIES_MAX {
         values.sort_by_key(|(group, value)| (Reverse(*value), *group));
@@ -165,8 +165,8 @@ fn largest(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
         .collect()
 }
 
-/// A series for each of these groups: at most [`SERIES_MAX`], those with the lowest numbers where
-/// there are more.
+/// Returns a series for each of these groups: at most [`SERIES_MAX`], those with the lowest numbers
+/// where there are more.
 fn first(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
     values.sort();
     values.truncate(SERIES_MAX);

@@ -123,7 +123,7 @@ impl Joining {
         self.directory_id
     }
 
-    /// The data directory, as an absolute path.
+    /// Returns the data directory, as an absolute path.
     pub fn directory_path(&self) -> &std::path::Path {
         self.directory.path()
     }
@@ -141,7 +141,7 @@ impl Joining {
         self.directory.stamp()
     }
 
-    /// The `VIEW` as a set.
+    /// Returns the `VIEW` as a set.
     pub fn view_set(&self) -> &[Address] {
         &self.view_set
     }
@@ -204,8 +204,8 @@ impl Joining {
         self.directory.clear_aside(view);
     }
 
-    /// The cluster and node that this directory is of, with the view as it knows it; none if it is
-    /// of none.
+    /// Returns the cluster and node that this directory is of, with the view as it knows it; None
+    /// if it is of none.
     pub fn membership(&self) -> Option<(ClusterId, NodeId, Box<View>)> {
         match self.directory.stamp() {
             Stamp::Member {
@@ -365,8 +365,8 @@ impl Joining {
         })
     }
 
-    /// Members of a cluster have called: they are asked too from now on. What they say counts, not
-    /// who calls.
+    /// Notes that members of a cluster have called: they are asked too from now on. What they say
+    /// counts, not who calls.
     pub fn invited(&self, members: Vec<Address>) {
         let mut invited = self.invited.lock();
         invited.clear();
@@ -593,7 +593,7 @@ impl Joining {
     }
 }
 
-/// The innermost cause: "connection refused" says more than the chain that leads to it.
+/// Returns the innermost cause: "connection refused" says more than the chain that leads to it.
 fn short_reason(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {

@@ -432,9 +432,9 @@ impl LocalShards {
         }
     }
 
-    /// One attempt at a node. A node that is slow to answer, or not there, is looked for; what may
-    /// be done twice is not waited for once it is known that nobody can connect to it, or that
-    /// another leads.
+    /// Makes one attempt at a node. A node that is slow to answer, or not there, is looked for;
+    /// what may be done twice is not waited for once it is known that nobody can connect to it, or
+    /// that another leads.
     async fn call(
         &self,
         peer: &PeerPlace,
@@ -571,7 +571,7 @@ impl LocalShards {
         ))
     }
 
-    /// For a shard without a replica here: who leads it, or at least has a replica.
+    /// Returns the node that leads a shard without a replica here, or that has one at least.
     fn elsewhere(&self, shard: GroupId) -> Failure {
         match self.context.peer_for(shard) {
             Some(peer) => Failure::Elsewhere {
@@ -1009,8 +1009,8 @@ async fn read_keys(
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
 }
 
-/// Keys up to the first that is not owned here: the router looks for its owner when it asks for the
-/// rest. So it does where the answer is full, or there is no room for more.
+/// Reads keys up to the first that is not owned here: the router looks for its owner when it asks
+/// for the rest. So it does where the answer is full, or there is no room for more.
 fn read_runs(
     group: &Replica,
     answers: &Arc<Budget>,
@@ -1111,8 +1111,8 @@ async fn read_page(
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
 }
 
-/// A page, which ends early where there is no room for more. Entries are applied between its steps;
-/// where a slot changes hands meanwhile, all of it is read at one moment.
+/// Reads a page, which ends early where there is no room for more. Entries are applied between its
+/// steps; where a slot changes hands meanwhile, all of it is read at one moment.
 fn read_steps(group: &Replica, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
     let state = group.state();
     let (mut share, mut scan) = (answers.empty_share(), kv::PageScan::new(request));
@@ -1173,7 +1173,7 @@ fn read_count(group: &Replica, read: &MapRead<'_>) -> ShardReply {
     }
 }
 
-/// A map that can't be read: the replica stops serving, and says why.
+/// Returns the failure of a map that can't be read: the replica stops serving, and says why.
 fn broken(group: &Replica, error: &StoreError) -> Failure {
     tell_unreadable(group, error);
     unavailable(format!(
@@ -1196,7 +1196,8 @@ fn overloaded(limit: String) -> Failure {
     }
 }
 
-/// A read that got no answer can be asked again; a write that got none may have been done.
+/// Returns the failure of a call: a read that got no answer can be asked again; a write that got
+/// none may have been done.
 fn call_failure(error: CallError, writes: bool) -> Failure {
     match Failure::from(error) {
         Failure::Unknown { reason } if !writes => unavailable(reason),

@@ -317,7 +317,7 @@ fn of_states(state: &MapMetrics) -> Vec<Family> {
     ]
 }
 
-/// By the node that led the shard which the slots left.
+/// Returns the metrics of slot moves, by the node that led the shard which the slots left.
 fn of_moves(moved: &Moved) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
     vec![

@@ -507,7 +507,7 @@ impl Node {
         }
     }
 
-    /// The view as it is now, if this node leads the meta group.
+    /// Reads the view as it is now, if this node leads the meta group.
     pub async fn view(&self) -> Result<View, Failure> {
         match self.running.get() {
             Some(running) => running.view().await,

@@ -30,7 +30,7 @@ impl MoveCounters {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// The slots of one move were frozen for so long.
+    /// Counts that the slots of one move were frozen for so long.
     pub fn count_freeze(&self, time: Duration) {
         let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.frozen_us_total.fetch_add(us, Ordering::Relaxed);

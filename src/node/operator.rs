@@ -266,7 +266,7 @@ impl Operator {
         }
     }
 
-    /// The meta group, if this node leads it.
+    /// Returns the meta group, if this node leads it.
     fn meta(&self) -> Result<Arc<Replica>, ViewChangeFailure> {
         let meta = self
             .context
@@ -276,7 +276,7 @@ impl Operator {
         meta.ok_or_else(|| unavailable("this node does not lead the meta group".into()))
     }
 
-    /// The view as it is, not as it may have been.
+    /// Reads the view as it is, not as it may have been.
     async fn current(&self, meta: &Replica, deadline: Instant) -> Result<View, ViewChangeFailure> {
         let read = read_view_now(meta, deadline).await;
         read.map_err(|failure| ViewChangeFailure::Failed(self.context.for_want_of_meta(failure)))
@@ -302,8 +302,8 @@ impl Operator {
         self.context.is_in_reach(node, ASK_TIMEOUT)
     }
 
-    /// The nodes that the view is to have. One that is in it already need not answer; but if
-    /// another directory answers under its address, its own is lost.
+    /// Returns the nodes that the view is to have. One that is in it already need not answer; but
+    /// if another directory answers under its address, its own is lost.
     async fn identify(
         &self,
         view: &View,
@@ -444,7 +444,7 @@ impl Operator {
     }
 }
 
-/// A node that the view does not know under this address.
+/// Admits a node that the view does not know under this address.
 fn newcomer(
     view: &View,
     address: &Address,
@@ -518,8 +518,8 @@ fn replicas_left(group: &view::GroupSpec) -> u64 {
         + group.leaving.len()) as u64
 }
 
-/// Keys and values in the slots that are not where `targets` has them: a slot counts for its share
-/// of its shard.
+/// Estimates the bytes in the slots that are not where `targets` has them: a slot counts for its
+/// share of its shard.
 fn bytes_to_move(view: &View, targets: &view::SlotTable, status: &ClusterStatus) -> u64 {
     let mut bytes = 0;
     for (id, _) in view.shards() {

@@ -24,7 +24,7 @@ pub trait Platform: Send + Sync + 'static {
     /// Returns the disk of the log and the snapshot files.
     fn disk(&self) -> Arc<dyn Disk>;
 
-    /// The map database. `is_expected`: there were replicas, so it should be there.
+    /// Opens the map database. `is_expected`: there were replicas, so it should be there.
     fn open_trees(
         &self,
         path: &Path,

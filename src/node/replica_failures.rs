@@ -155,7 +155,7 @@ impl ReplicaFailures {
             .collect()
     }
 
-    /// The same, as other nodes are told of it.
+    /// Returns the same, as other nodes are told of it.
     pub fn to_messages(&self) -> Vec<FailedReplica> {
         let told = |failure: ReplicaFailure| FailedReplica {
             group: failure.key.group,

@@ -99,8 +99,8 @@ struct NodeStorage {
 }
 
 impl RunningNode {
-    /// `found`: where members were found to run, which the view may not say yet. Answers are
-    /// charged to `answers`.
+    /// Opens everything and starts the controllers. `found`: where members were found to run, which
+    /// the view may not say yet. Answers are charged to `answers`.
     pub async fn start(
         joining: &Arc<Joining>,
         joined: Joined,
@@ -315,7 +315,7 @@ impl RunningNode {
         }
     }
 
-    /// Members of the cluster have called.
+    /// Notes that members of the cluster have called.
     pub fn called_by(&self, members: Vec<Address>) {
         self.view_refresh.called_by(members);
     }
@@ -422,7 +422,7 @@ impl RunningNode {
         self.context.take_address(command, ANNOUNCE_TIMEOUT).await
     }
 
-    /// The view as it is now, if this node leads the meta group.
+    /// Reads the view as it is now, if this node leads the meta group.
     pub async fn view(&self) -> Result<View, Failure> {
         read_view_now(&*self.led_meta()?, Instant::now() + VIEW_TIMEOUT).await
     }

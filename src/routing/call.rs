@@ -132,12 +132,12 @@ impl ShardCaller {
         &self.answers
     }
 
-    /// The HTTP client beneath, for the JSON routes.
+    /// Returns the HTTP client beneath, for the JSON routes.
     pub fn http(&self) -> &reqwest::Client {
         &self.http
     }
 
-    /// One attempt at the node at `address`. `timeout` is that of the whole call;
+    /// Makes one attempt at the node at `address`. `timeout` is that of the whole call;
     /// `request.timeout_ms` should be a little below it, so that the node's own "not in time"
     /// arrives.
     ///
@@ -426,7 +426,8 @@ impl Drop for QueuedCall<'_> {
     }
 }
 
-/// The peer route itself answers 200: another status comes from before it.
+/// Reads an answer that is not 200. The peer route itself answers 200: another status comes from
+/// before it.
 async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
     let status = response.status();
     let failure = failure_of(response).await;
@@ -524,7 +525,7 @@ fn innermost<'a>(
     cause
 }
 
-/// An error with its causes: reqwest's own text leaves out why a connection failed.
+/// Returns an error with its causes: reqwest's own text leaves out why a connection failed.
 pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -16,7 +16,7 @@ use crate::types::Address;
 /// Time that one node has where another could be asked.
 const TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// `GET /v1/cluster`.
+/// Asks for `GET /v1/cluster`.
 ///
 /// # Errors
 ///

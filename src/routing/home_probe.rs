@@ -112,7 +112,8 @@ impl HomeProbe {
         self.members.recall(address, self.ask(address)).await
     }
 
-    /// A process at the address that belongs to no cluster is not the home.
+    /// Returns true if a member answers: a process at the address that belongs to no cluster is not
+    /// the home.
     async fn ask(&self, address: &Address) -> bool {
         let get = self
             .caller

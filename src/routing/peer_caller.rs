@@ -354,7 +354,8 @@ impl PeerCaller {
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
-    /// `bytes_max`: the longest that an answer of this kind is.
+    /// Sends a request and reads its answer. `bytes_max`: the longest that an answer of this kind
+    /// is.
     async fn answer<T: DeserializeOwned>(
         &self,
         address: &Address,

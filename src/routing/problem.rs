@@ -27,7 +27,7 @@ pub const TYPE_PREFIX: &str = "urn:quorate:problem:";
 /// The media type of a problem.
 pub const MEDIA_TYPE: &str = "application/problem+json";
 
-/// The failure that an answer with this status tells of.
+/// Returns the failure that an answer with this status tells of.
 pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure {
     if !is_of_node(headers, body) {
         return foreign_failure(status, body);
@@ -89,7 +89,7 @@ fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
     }
 }
 
-/// The `detail` of a problem, else the body, else the status.
+/// Returns the `detail` of a problem, else the body, else the status.
 pub fn detail(status: StatusCode, body: &[u8]) -> String {
     let problem: Option<serde_json::Value> = serde_json::from_slice(body).ok();
     let detail = problem

@@ -326,7 +326,8 @@ impl Agreement {
         }
     }
 
-    /// This replica differs itself: one that does not is to lead, and has this one rebuilt.
+    /// Hands over to a replica that does not differ from the majority, as this one does, and which
+    /// then has this one rebuilt.
     async fn hand_over(
         &self,
         group: &Replica,

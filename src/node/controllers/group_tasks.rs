@@ -23,7 +23,7 @@ pub struct GroupTasks {
 }
 
 impl GroupTasks {
-    /// `tick` is how long nothing may be looked at while nothing changes.
+    /// Makes a set without tasks. While nothing changes, a round is made every `tick`.
     pub fn new(context: &NodeContext, tick: Duration) -> Self {
         Self {
             views: context.views().subscribe(),
@@ -68,9 +68,9 @@ impl GroupTasks {
         self.busy.insert(id, group);
     }
 
-    /// Also of a task that has panicked: it kept nothing in memory that another could not find out,
-    /// so it is begun again with the next look, and a view change that meets it at every node ends
-    /// none of them.
+    /// Forgets a task that has ended, also by a panic: it kept nothing in memory that another could
+    /// not find out, so it is begun again with the next look, and a view change that meets it at
+    /// every node ends none of them.
     fn note_end(&mut self, ended: Result<(Id, ()), JoinError>) {
         let id = ended
             .as_ref()

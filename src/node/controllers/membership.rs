@@ -142,7 +142,7 @@ impl MembershipSteps {
         true
     }
 
-    /// None while this replica has yet to learn the membership.
+    /// Returns the group as it is; None while this replica has yet to learn the membership.
     fn observe(&self, spec: &view::GroupSpec, group: &Replica) -> Option<ObservedMembership> {
         let me = group.key().replica;
         let watch = group.watch().borrow().clone();
@@ -264,10 +264,11 @@ impl MembershipSteps {
         }
     }
 
-    /// This node's view may be an old one, and the replica retired since: its node forgets it,
-    /// votes and all. It is wanted still when the meta group says so now. What retires it later is
-    /// the report of a leader that knew a later plan, with a quorum behind it: that is of a later
-    /// term, in which this one adds nobody any more.
+    /// Makes sure that the meta group still wants a replica. This node's view may be an old one,
+    /// and the replica retired since: its node forgets it, votes and all. It is wanted still when
+    /// the meta group says so now. What retires it later is the report of a leader that knew a
+    /// later plan, with a quorum behind it: that is of a later term, in which this one adds nobody
+    /// any more.
     async fn ensure_wanted(
         &self,
         group: GroupId,
@@ -293,7 +294,7 @@ impl MembershipSteps {
         }
     }
 
-    /// A replica is counted as a member only after its node has said that it has created it: one
+    /// Makes sure that its node has created a replica, before it is counted as a member: one
     /// that was counted is never created again.
     async fn ensure_created(
         &self,

@@ -308,7 +308,7 @@ fn means_us(view: &View, asked: NodeId, named: &[Address]) -> bool {
     others.peek().is_none() || others.any(|(_, node)| named.contains(&node.address))
 }
 
-/// The claim to a node's place after its address was asked once more.
+/// Returns the claim to a node's place after its address was asked once more.
 fn next_claim(
     claim: Option<DirectoryClaim>,
     found: AddressProbe,

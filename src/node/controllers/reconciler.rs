@@ -419,7 +419,7 @@ impl Reconciler {
         true
     }
 
-    /// The view names this node as it runs.
+    /// Returns true if the view names this node as it runs.
     fn announced(&self, view: &View) -> bool {
         let config = self.joining.config();
         let named = view.nodes.get(&self.context.node);
@@ -533,7 +533,7 @@ impl Reconciler {
         }
     }
 
-    /// Every slot that the view gives the shard, and that no move ever touched, is owned by it.
+    /// Has the shard own every slot that the view gives it and that no move ever touched.
     async fn ensure_claimed(&self, view: &View, group: &Replica) -> bool {
         let shard = group.key().group;
         if self.done.lock().claimed.contains(&shard) {

@@ -210,7 +210,7 @@ pub struct Scrubber {
 }
 
 impl Scrubber {
-    /// `every`: zero for never.
+    /// Makes a scrubber that reads everything once in `every`; zero is never.
     pub fn new(context: Arc<NodeContext>, log: Log, scrubs: Arc<Scrubs>, every: Duration) -> Self {
         Self {
             context,

@@ -655,8 +655,8 @@ impl MoveDriver {
     }
 }
 
-/// The next slots to be moved from the group's shard, and where to. As many as one move takes
-/// along.
+/// Returns the next slots to be moved from the group's shard, and where to. As many as one move
+/// takes along.
 async fn next_slots(
     group: &Replica,
     view: &View,

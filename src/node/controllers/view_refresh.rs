@@ -60,7 +60,7 @@ impl StaleViewRefresh {
         &self.retired
     }
 
-    /// The view that does not have this node, once there is one.
+    /// Returns the view that does not have this node, once there is one.
     pub fn view_without_us(&self) -> Option<Box<View>> {
         self.without_us.lock().clone()
     }
@@ -81,8 +81,8 @@ impl StaleViewRefresh {
         }
     }
 
-    /// Members of the cluster have called: they are asked at once. What they say counts, not who
-    /// calls.
+    /// Notes that members of the cluster have called: they are asked at once. What they say counts,
+    /// not who calls.
     pub fn called_by(&self, members: Vec<Address>) {
         self.add_elsewhere(members);
         self.called.notify_one();

@@ -98,7 +98,7 @@ impl Retry {
 }
 
 impl RetryState {
-    /// The deadline counts from now.
+    /// Begins the attempts at a request. The deadline counts from now.
     pub fn new(options: Options) -> Self {
         let deadline = Instant::now() + options.timeout;
         Self {
@@ -126,7 +126,7 @@ impl RetryState {
         }
     }
 
-    /// It changes something, for which it is not enough that its shard is read.
+    /// Says that the request changes something, for which it is not enough that its shard is read.
     pub fn writing(self) -> Self {
         Self {
             want: AwaitedAccess::Write,
@@ -142,9 +142,9 @@ impl RetryState {
         self.deadline
     }
 
-    /// The options of the next attempt: with the time that is left. A client is sent elsewhere only
-    /// with a single key, and only while nothing can have happened: what it hears there need not be
-    /// true of an attempt made here.
+    /// Returns the options of the next attempt: with the time that is left. A client is sent
+    /// elsewhere only with a single key, and only while nothing can have happened: what it hears
+    /// there need not be true of an attempt made here.
     pub fn options(&self) -> Options {
         let routing = if self.single_key && !self.maybe_done {
             self.options.routing
@@ -220,7 +220,7 @@ impl RetryState {
         self.attempts
     }
 
-    /// An attempt failed, and others look for when the next may be made.
+    /// Notes that an attempt failed, while others look for when the next may be made.
     pub fn failed_attempt(&mut self, maybe_done: bool) {
         self.maybe_done |= maybe_done;
         self.attempts = self.attempts.saturating_add(1);

@@ -135,7 +135,7 @@ impl<A: ShardAccess> Router<A> {
     }
 }
 
-/// By owner, each in the order of the caller's list.
+/// Splits by owner, each part in the order of the caller's list.
 fn split(keys: &[Bytes], mut places: Vec<usize>, map: &ShardMap) -> Vec<KeysPart> {
     places.sort_unstable();
     let mut parts: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();

@@ -57,16 +57,16 @@ const PATIENT_EVERY: u32 = 8;
 
 /// Reaches shards for a router. Write the futures as `async fn`.
 pub trait ShardAccess: Send + Sync + 'static {
-    /// The newest map that is known.
+    /// Returns the newest map that is known.
     fn map(&self) -> Option<Arc<ShardMap>>;
 
     /// Tries to get a map newer than this one. Returns soon, whether or not there is one; may be
     /// dropped before.
     fn refresh(&self, older_than: MapVersion) -> impl Future<Output = ()> + Send;
 
-    /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale
-    /// reads at any of its replicas. Answers within `options.timeout`; a future that is dropped
-    /// before leaves the outcome unknown.
+    /// Makes one attempt (or a few, of what is certainly not done) at the shard's leader, or for
+    /// stale reads at any of its replicas. Answers within `options.timeout`; a future that is
+    /// dropped before leaves the outcome unknown.
     fn call(
         &self,
         shard: GroupId,
@@ -162,7 +162,7 @@ pub struct Router<A> {
 }
 
 impl<A: ShardAccess> Router<A> {
-    /// `seed` is that of the jitter in the pauses between attempts.
+    /// Makes a router. `seed` is that of the jitter in the pauses between attempts.
     pub fn new(access: A, seed: u64) -> Self {
         Self {
             access,
@@ -176,7 +176,7 @@ impl<A: ShardAccess> Router<A> {
         &self.access
     }
 
-    /// One attempt at a shard. An answer is news to those who wait for one.
+    /// Makes one attempt at a shard. An answer is news to those who wait for one.
     async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let writes = !body.is_read();
         let reply = self.access.call(shard, body, options).await;
@@ -503,8 +503,8 @@ fn version(map: Option<&ShardMap>) -> MapVersion {
     map.map_or(MapVersion(0), |map| map.version)
 }
 
-/// A reply of another kind than the request's: a bug, or another program. Nothing is known of what
-/// it did.
+/// Returns the failure of a reply of another kind than the request's: a bug, or another program.
+/// Nothing is known of what it did.
 fn misfit(shard: GroupId) -> Failure {
     Failure::Unknown {
         reason: format!("shard {shard:#} sent a reply that does not fit the request"),

@@ -82,7 +82,7 @@ impl LeaderQueues {
         }
     }
 
-    /// The shard has done that: whoever waits for as much need wait no more. Where writes are
+    /// Wakes those who wait for a shard to do what it has done now. Where writes are
     /// taken, reads are too.
     pub fn answered(&self, shard: GroupId, done: AwaitedAccess) {
         if self.waiting.load(Ordering::Relaxed) == 0 {

@@ -167,8 +167,8 @@ struct RoundPlan {
 }
 
 impl RoundPlan {
-    /// Keys are spread evenly by their hash, so a shard is asked for its share, and enough above it
-    /// that one round nearly always does.
+    /// Returns the request for one shard. Keys are spread evenly by their hash, so it is asked for
+    /// its share, and enough above it that one round nearly always does.
     fn body(&self, shards: usize, consistency: crate::api::store::Consistency) -> ShardBody {
         let share = self.limit.div_ceil(shards.max(1));
         let limit = if shards <= 1 {
@@ -299,7 +299,7 @@ impl Complete {
     }
 }
 
-/// The least key after this one.
+/// Returns the least key after this one.
 fn after(key: &Bytes) -> Bytes {
     let mut next = BytesMut::with_capacity(key.len() + 1);
     next.extend_from_slice(key);

@@ -158,7 +158,7 @@ impl<A: ShardAccess> Router<A> {
         answers
     }
 
-    /// One attempt at one shard, and the pause after it where another may follow.
+    /// Makes one attempt at one shard, and the pause after it where another may follow.
     async fn write_part(
         &self,
         shard: GroupId,
@@ -275,7 +275,7 @@ impl PartVerdict {
         }
     }
 
-    /// The same for all operations of the part.
+    /// Gives the same verdict for all operations of the part.
     fn of_all(judged: Result<Retry, WriteFailure>, part: &WritePart) -> Self {
         match judged {
             Ok(retry) => Self::retry(retry, part),
@@ -379,7 +379,7 @@ fn judge_rejection(
     }
 }
 
-/// By owner, each in the order of the caller's list.
+/// Splits by owner, each part in the order of the caller's list.
 fn split(whole: WritePart, map: Option<&ShardMap>) -> Vec<(GroupId, WritePart)> {
     assert_eq!(
         whole.operations.len(),
