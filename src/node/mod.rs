@@ -21,6 +21,7 @@ mod group_metrics;
 mod introduction;
 mod join;
 mod leftovers;
+mod local_reads;
 pub mod local_shards;
 mod locator;
 mod map_directory;
