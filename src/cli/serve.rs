@@ -33,7 +33,7 @@ use crate::http::{
 use crate::node::{FamilyKind, Node, NodeError};
 use crate::raft::transport::Lane;
 use crate::raft::transport::lanes::serve_lane;
-use crate::routing::peer_caller::SetUpError;
+use crate::routing::transport::SetUpError;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::telemetry;

@@ -23,10 +23,10 @@ use crate::budget::Budget;
 use crate::routing::call::{CallError, ShardCaller, failure_of, silence, time_to_answer_ms};
 use crate::routing::discovery;
 use crate::routing::home_probe::HomeProbe;
-use crate::routing::peer_caller::SetUpError;
 use crate::routing::reply::{self, SMALL_BYTES_MAX};
 use crate::routing::retry::{Effect, FailureHistory, FailureSource};
 use crate::routing::router::{Router, ShardAccess};
+use crate::routing::transport::{NodeCall, SetUpError};
 use crate::routing::view_change_calls::{self, Unsettled};
 use crate::sm::kv::{Action, Write};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
@@ -295,7 +295,7 @@ impl HttpAccess {
             if asked.contains(&address) {
                 continue;
             }
-            last = match discovery::status(self.caller.http(), &address)
+            last = match discovery::status(self.caller.transport(), &address)
                 .await
                 .and_then(|status| self.learn(status, &address))
             {
@@ -308,7 +308,7 @@ impl HttpAccess {
             self.book.was_silent(&address);
             // To begin with, who left the cluster can tell who stayed. Later the map does.
             if self.map().is_none() && asked.len() < REFERRING_MAX {
-                next.extend(discovery::referrals(self.caller.http(), &address).await);
+                next.extend(discovery::referrals(self.caller.transport(), &address).await);
             }
             asked.push(address);
         }
@@ -351,7 +351,7 @@ impl HttpAccess {
         else {
             return false;
         };
-        let lives = discovery::lives(self.caller.http(), &address, timeout).await;
+        let lives = discovery::lives(self.caller.transport(), &address, timeout).await;
         if !lives {
             self.book.was_silent(&address);
         }
@@ -365,16 +365,10 @@ impl HttpAccess {
         to: Option<Address>,
         timeout: Duration,
     ) -> Result<Address, (FailureSource, Failure)> {
-        let url = format!("http://{address}/v1/cluster/shards/{}/leader", shard.0);
-        let response = match self
-            .caller
-            .http()
-            .post(url)
-            .json(&Transfer { to })
-            .timeout(timeout)
-            .send()
-            .await
-        {
+        let path = format!("/v1/cluster/shards/{}/leader", shard.0);
+        let post = NodeCall::post(address, path, timeout).json(&Transfer { to });
+
+        let response = match self.caller.transport().send(post).await {
             Ok(response) => response,
             Err(error) if error.is_connect() => {
                 return Err((FailureSource::Nobody, unavailable(silence(address, &error))));
@@ -495,9 +489,10 @@ impl ShardAccess for HttpAccess {
         only_if: Option<PlanEpoch>,
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
-        let (http, effect) = (self.caller.http(), view_change_calls::effect(only_if));
-        let ask =
-            |address, options| view_change_calls::change(http, address, &change, only_if, options);
+        let (transport, effect) = (self.caller.transport(), view_change_calls::effect(only_if));
+        let ask = |address, options| {
+            view_change_calls::change(transport, address, &change, only_if, options)
+        };
         let mut last = FailureHistory::new(effect);
         match self.first_to_answer(options, &mut last, ask).await {
             // An attempt that nobody answered may be what has changed it.
@@ -523,8 +518,8 @@ impl ShardAccess for HttpAccess {
         change: ViewChange,
         options: Options,
     ) -> Result<PlannedChange, ViewChangeFailure> {
-        let http = self.caller.http();
-        let ask = |address, options| view_change_calls::plan(http, address, &change, options);
+        let transport = self.caller.transport();
+        let ask = |address, options| view_change_calls::plan(transport, address, &change, options);
         self.first_to_answer(options, &mut FailureHistory::new(Effect::Safe), ask)
             .await
     }
@@ -534,12 +529,12 @@ impl ShardAccess for HttpAccess {
         id: PlanEpoch,
         options: Options,
     ) -> Result<Option<ChangeInProgress>, Failure> {
-        let http = self.caller.http();
+        let transport = self.caller.transport();
         let is_unknown = AtomicBool::new(false);
         let ask = |address, options| {
             let is_unknown = &is_unknown;
             async move {
-                let found = view_change_calls::operation(http, address, id, options).await?;
+                let found = view_change_calls::operation(transport, address, id, options).await?;
                 // A node that has left does not know it: the next one may.
                 found.ok_or_else(|| {
                     is_unknown.store(true, Ordering::Relaxed);

@@ -2,7 +2,7 @@
 
 use crate::config::ConfigError;
 use crate::raft::OpenError;
-use crate::routing::peer_caller::SetUpError;
+use crate::routing::transport::SetUpError;
 use crate::sm::level::TooOld;
 use crate::sm::ports::StoreError;
 use crate::storage::directory::DirectoryError;

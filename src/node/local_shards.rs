@@ -738,7 +738,7 @@ impl ShardAccess for LocalShards {
             None => self.operator.change(&change, only_if, options).await,
             Some(leader) => {
                 let asked = view_change_calls::change(
-                    self.context.caller.http(),
+                    self.context.caller.transport(),
                     leader,
                     &change,
                     only_if,
@@ -758,9 +758,13 @@ impl ShardAccess for LocalShards {
         match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
             None => self.operator.preview(&change, options).await,
             Some(leader) => {
-                let asked =
-                    view_change_calls::plan(self.context.caller.http(), leader, &change, options)
-                        .await;
+                let asked = view_change_calls::plan(
+                    self.context.caller.transport(),
+                    leader,
+                    &change,
+                    options,
+                )
+                .await;
                 asked.map_err(|unsettled| self.of_meta_leader(unsettled))
             }
         }
@@ -774,9 +778,13 @@ impl ShardAccess for LocalShards {
         match self.meta_leader()? {
             None => self.operator.operation(id, options).await,
             Some(leader) => {
-                let asked =
-                    view_change_calls::operation(self.context.caller.http(), leader, id, options)
-                        .await;
+                let asked = view_change_calls::operation(
+                    self.context.caller.transport(),
+                    leader,
+                    id,
+                    options,
+                )
+                .await;
                 Ok(asked.map_err(|unsettled| self.of_meta_leader(unsettled))?)
             }
         }

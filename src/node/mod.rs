@@ -60,7 +60,6 @@ use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::remote::RemoteStore;
 use crate::config::NodeConfig;
 use crate::raft::transport::lanes::DirectoryRejection;
-use crate::routing::peer_caller::PeerCaller;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
 use crate::sm::kv::{Operation, Record};
@@ -129,7 +128,7 @@ impl Node {
     ) -> Result<Arc<Self>, NodeError> {
         config.check()?;
         let directory = platform.open_directory(&config.data_dir)?;
-        let caller = PeerCaller::new().map_err(NodeError::Client)?;
+        let caller = platform.peer_caller().map_err(NodeError::Client)?;
         let joining = Arc::new(Joining::new(config, platform, directory, caller));
         let answers = Budget::new(ANSWERS_BYTES_MAX);
         Ok(Arc::new(Self {

@@ -7,6 +7,11 @@ use std::sync::Arc;
 
 use futures::future::{BoxFuture, ready};
 
+use crate::raft::transport::Dial;
+use crate::raft::transport::lanes::http::HttpDial;
+use crate::routing::call::ShardCaller;
+use crate::routing::peer_caller::PeerCaller;
+use crate::routing::transport::SetUpError;
 use crate::sm::cluster::membership;
 use crate::sm::moves::{self, Move};
 use crate::storage::directory::{DataDirectory, DirectoryError};
@@ -31,6 +36,29 @@ pub trait Platform: Send + Sync + 'static {
         options: SledOptions,
         is_expected: bool,
     ) -> Result<Arc<dyn Trees>, SledError>;
+
+    /// Returns what calls other nodes.
+    ///
+    /// # Errors
+    ///
+    /// When the HTTP client can't be set up.
+    fn peer_caller(&self) -> Result<PeerCaller, SetUpError> {
+        PeerCaller::new()
+    }
+
+    /// Returns what calls the leaders of shards.
+    ///
+    /// # Errors
+    ///
+    /// When the HTTP client can't be set up.
+    fn shard_caller(&self) -> Result<ShardCaller, SetUpError> {
+        ShardCaller::new()
+    }
+
+    /// Returns what opens lanes to other nodes.
+    fn dial(&self) -> Arc<dyn Dial> {
+        Arc::new(HttpDial)
+    }
 
     /// Returns the supervisor, which is told when a part of the node panics or hangs.
     fn supervisor(&self) -> Supervisor;

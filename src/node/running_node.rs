@@ -44,11 +44,8 @@ use crate::budget::Budget;
 use crate::config::NodeConfig;
 use crate::raft::Replica;
 use crate::raft::transport::NodeIdentity;
-use crate::raft::transport::lanes::http::HttpDial;
 use crate::raft::{LeaseReads, RaftTimings};
 use crate::raft::{RaftBudgets, Registry, RegistryParts};
-use crate::routing::call::ShardCaller;
-use crate::routing::peer_caller::PeerCaller;
 use crate::routing::router::Router;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
@@ -187,16 +184,21 @@ impl RunningNode {
             supervisor: joining.supervisor().clone(),
             identity,
             resolver: views.clone(),
-            dial: Arc::new(HttpDial),
+            dial: joining.platform().dial(),
             timings: timings(config),
             log: storage.log.clone(),
             states: storage.states.clone(),
         });
 
-        let caller = ShardCaller::new()
+        let caller = joining
+            .platform()
+            .shard_caller()
             .map_err(|error| StartError::Client(error.to_string()))?
             .charged_to(answers);
-        let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
+        let peers = joining
+            .platform()
+            .peer_caller()
+            .map_err(|error| StartError::Client(error.to_string()))?;
         let context =
             NodeContext::new(joined.node, joining.clone(), views, registry, caller, peers)
                 .ok_or(StartError::NoMetaReplica)?;

@@ -8,12 +8,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::StatusCode;
-use reqwest::header::CONTENT_TYPE;
+use http::StatusCode;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::problem;
+use super::transport::{HttpTransport, NodeCall, NodeReply, SendError, SetUpError, Transport};
 use crate::api::protocol::{Hop, RELAY_QUERY, ShardReply, ShardRequest};
 use crate::api::store::Failure;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget, UNCHARGED_BYTES_MAX};
@@ -50,7 +50,7 @@ const FAILURE_BYTES_MAX: usize = 1 << 20;
 /// Calls shards at addresses. Clones share their connections.
 #[derive(Debug, Clone)]
 pub struct ShardCaller {
-    http: reqwest::Client,
+    transport: Arc<dyn Transport>,
     room: Arc<CallRoom>,
     /// Budget of the replies.
     answers: Arc<Budget>,
@@ -64,7 +64,7 @@ pub enum CallError {
     NotConnected {
         address: Address,
         #[source]
-        source: reqwest::Error,
+        source: SendError,
     },
     /// The node refused it before looking at it: certainly not done.
     #[error("{address} refused: {failure}")]
@@ -102,24 +102,26 @@ impl ShardCaller {
     /// # Errors
     ///
     /// When the HTTP client can't be set up.
-    pub fn new() -> Result<Self, reqwest::Error> {
+    pub fn new() -> Result<Self, SetUpError> {
         Self::with_room(Shares::now().calls)
     }
 
-    fn with_room(calls: usize) -> Result<Self, reqwest::Error> {
+    fn with_room(calls: usize) -> Result<Self, SetUpError> {
         let http = reqwest::Client::builder()
             .http1_only()
-            .tcp_nodelay(true)
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host((calls / 8).clamp(1, IDLE_CONNECTIONS_MAX))
-            .no_proxy()
-            .build()?;
-        Ok(Self {
-            http,
+            .pool_max_idle_per_host((calls / 8).clamp(1, IDLE_CONNECTIONS_MAX));
+        Ok(Self::over(HttpTransport::build(http)?, calls))
+    }
+
+    /// Returns one that calls by way of `transport`, so many at a time.
+    pub fn over(transport: Arc<dyn Transport>, calls: usize) -> Self {
+        Self {
+            transport,
             room: Arc::new(CallRoom::new(calls)),
             answers: Budget::new(ANSWERS_BYTES_MAX),
-        })
+        }
     }
 
     /// Charges replies to a budget that others share.
@@ -132,9 +134,9 @@ impl ShardCaller {
         &self.answers
     }
 
-    /// Returns the HTTP client beneath, for the JSON routes.
-    pub fn http(&self) -> &reqwest::Client {
-        &self.http
+    /// Returns the way of its calls, for the JSON routes.
+    pub fn transport(&self) -> &dyn Transport {
+        &*self.transport
     }
 
     /// Makes one attempt at the node at `address`. `timeout` is that of the whole call;
@@ -169,18 +171,13 @@ impl ShardCaller {
         let _place = self.room.enter(address, timeout).await?;
         let timeout = timeout.saturating_sub(began.elapsed());
 
-        let url = match hop {
-            Hop::Answer => format!("http://{address}/peer/shard"),
-            Hop::Relay => format!("http://{address}/peer/shard?{RELAY_QUERY}"),
+        let path = match hop {
+            Hop::Answer => "/peer/shard".to_owned(),
+            Hop::Relay => format!("/peer/shard?{RELAY_QUERY}"),
         };
-        let post = self.http.post(url);
-        let post = post
-            .header(CONTENT_TYPE, "application/octet-stream")
-            .body(codec::encode(request))
-            .timeout(timeout);
+        let post = NodeCall::post(address, path, timeout).octets(codec::encode(request));
 
-        // Without a connection nothing was done; with one, nobody knows.
-        let response = match post.send().await {
+        let response = match self.transport.send(post).await {
             Ok(response) => response,
             Err(source) if source.is_connect() => {
                 return Err(CallError::NotConnected {
@@ -428,7 +425,7 @@ impl Drop for QueuedCall<'_> {
 
 /// Reads an answer that is not 200. The peer route itself answers 200: another status comes from
 /// before it.
-async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
+async fn refusal(address: &Address, response: NodeReply) -> CallError {
     let status = response.status();
     let failure = failure_of(response).await;
     match failure {
@@ -455,7 +452,7 @@ async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
 }
 
 /// Returns the failure that an error answer means.
-pub async fn failure_of(response: reqwest::Response) -> Failure {
+pub async fn failure_of(response: NodeReply) -> Failure {
     let (status, headers) = (response.status(), response.headers().clone());
     let body = read_reply(response, FAILURE_BYTES_MAX, |_| true)
         .await
@@ -471,12 +468,12 @@ enum BodyError {
     #[error("its reply is larger than {bytes_max} bytes")]
     TooLarge { bytes_max: usize },
     #[error("{}", describe(.0))]
-    Broken(#[source] reqwest::Error),
+    Broken(#[source] SendError),
 }
 
 /// Reads a body, of which every piece is charged before it is kept.
 async fn read_reply(
-    mut response: reqwest::Response,
+    mut response: NodeReply,
     bytes_max: usize,
     mut charge: impl FnMut(usize) -> bool,
 ) -> Result<Vec<u8>, BodyError> {
@@ -501,7 +498,7 @@ async fn read_reply(
 }
 
 /// Returns why a node has not answered a request, for people.
-pub fn silence(address: &Address, error: &reqwest::Error) -> String {
+pub fn silence(address: &Address, error: &SendError) -> String {
     let what = if error.is_connect() {
         "no connection to"
     } else {

@@ -3,11 +3,9 @@
 
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-use tokio::time::timeout;
-
 use super::call::{failure_of, silence};
 use super::reply::{self, VIEW_BYTES_MAX};
+use super::transport::{NodeCall, Transport};
 use crate::api::peer::{Identity, Standing};
 use crate::api::protocol::ClusterStatus;
 use crate::api::store::Failure;
@@ -21,15 +19,16 @@ const TIMEOUT: Duration = Duration::from_millis(1500);
 /// # Errors
 ///
 /// Only such as mean that another node may be asked.
-pub async fn status(http: &reqwest::Client, address: &Address) -> Result<ClusterStatus, Failure> {
+pub async fn status(
+    transport: &dyn Transport,
+    address: &Address,
+) -> Result<ClusterStatus, Failure> {
     let unavailable = |reason: String| Failure::Unavailable {
         reason,
         retry_after_ms: 1000,
     };
-    let response = http
-        .get(format!("http://{address}/v1/cluster"))
-        .timeout(TIMEOUT)
-        .send()
+    let response = transport
+        .send(NodeCall::get(address, "/v1/cluster", TIMEOUT))
         .await;
     let response = response.map_err(|error| unavailable(silence(address, &error)))?;
     if !response.status().is_success() {
@@ -42,11 +41,9 @@ pub async fn status(http: &reqwest::Client, address: &Address) -> Result<Cluster
 
 /// Returns the nodes to ask instead of one that can't tell of the cluster: the members that took
 /// its place, or those that it waits for.
-pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address> {
-    let asked = http
-        .get(format!("http://{address}/peer/identity"))
-        .timeout(TIMEOUT)
-        .send()
+pub async fn referrals(transport: &dyn Transport, address: &Address) -> Vec<Address> {
+    let asked = transport
+        .send(NodeCall::get(address, "/peer/identity", TIMEOUT))
         .await;
     let Ok(response) = asked else {
         return Vec::new();
@@ -62,17 +59,9 @@ pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address
 }
 
 /// Returns true if a node answers at all, within `timeout`.
-pub async fn lives(http: &reqwest::Client, address: &Address, timeout: Duration) -> bool {
-    let asked = http
-        .get(format!("http://{address}/healthz"))
-        .timeout(timeout)
-        .send()
+pub async fn lives(transport: &dyn Transport, address: &Address, timeout: Duration) -> bool {
+    let asked = transport
+        .send(NodeCall::get(address, "/healthz", timeout))
         .await;
     asked.is_ok_and(|answer| answer.status().is_success())
-}
-
-/// Returns true if a connection to a node can be made, within `at_most`. Nothing is sent over it.
-pub async fn takes_connections(address: &Address, at_most: Duration) -> bool {
-    let connected = timeout(at_most, TcpStream::connect(address.as_str())).await;
-    connected.is_ok_and(|connected| connected.is_ok())
 }

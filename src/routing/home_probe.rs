@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::call::ShardCaller;
 use super::reply::{self, VIEW_BYTES_MAX};
+use super::transport::NodeCall;
 use crate::api::peer::{Identity, Standing};
 use crate::api::shard_map::{NodePlace, ShardMap};
 use crate::types::{Address, GroupId, NodeId};
@@ -115,12 +116,8 @@ impl HomeProbe {
     /// Returns true if a member answers: a process at the address that belongs to no cluster is not
     /// the home.
     async fn ask(&self, address: &Address) -> bool {
-        let get = self
-            .caller
-            .http()
-            .get(format!("http://{address}/peer/identity"))
-            .timeout(self.ask_timeout);
-        let Ok(response) = get.send().await else {
+        let get = NodeCall::get(address, "/peer/identity", self.ask_timeout);
+        let Ok(response) = self.caller.transport().send(get).await else {
             return false;
         };
         let identity: Result<Identity, _> = reply::read_json(response, VIEW_BYTES_MAX).await;

@@ -12,4 +12,5 @@ pub mod problem;
 pub mod reply;
 pub mod retry;
 pub mod router;
+pub mod transport;
 pub mod view_change_calls;

@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::call::silence;
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
+use super::transport::{HttpTransport, NodeCall, NodeReply, SendError, SetUpError, Transport};
 use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, HostedReplica,
     Hosting, Identity, PromiseReply, PromiseRequest,
@@ -40,7 +41,7 @@ pub enum PeerError {
     NoAnswer {
         address: Address,
         #[source]
-        source: reqwest::Error,
+        source: SendError,
     },
     #[error("{address} answered {status}: is it a quorate node?")]
     Status { address: Address, status: u16 },
@@ -81,15 +82,10 @@ fn read_identity(address: &Address, text: &str) -> Result<Identity, PeerError> {
     })
 }
 
-/// The reason why the HTTP client can't be set up.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct SetUpError(#[from] reqwest::Error);
-
 /// Calls other nodes by their address.
 #[derive(Debug, Clone)]
 pub struct PeerCaller {
-    http: reqwest::Client,
+    transport: Arc<dyn Transport>,
     identities: Arc<Semaphore>,
     known: Arc<Mutex<BTreeMap<Address, KnownIdentity>>>,
 }
@@ -107,16 +103,18 @@ impl PeerCaller {
     /// When the HTTP client can't be set up.
     pub fn new() -> Result<Self, SetUpError> {
         let http = reqwest::Client::builder()
-            .tcp_nodelay(true)
             .connect_timeout(CONNECT_TIMEOUT)
-            .pool_idle_timeout(Duration::from_secs(10))
-            .no_proxy()
-            .build()?;
-        Ok(Self {
-            http,
+            .pool_idle_timeout(Duration::from_secs(10));
+        Ok(Self::over(HttpTransport::build(http)?))
+    }
+
+    /// Returns one that calls by way of `transport`.
+    pub fn over(transport: Arc<dyn Transport>) -> Self {
+        Self {
+            transport,
             identities: Arc::new(Semaphore::new(IDENTITIES_AT_ONCE)),
             known: Arc::default(),
-        })
+        }
     }
 
     /// Returns a caller that asks so many at once who they are, and waits for nobody who asks with
@@ -124,7 +122,7 @@ impl PeerCaller {
     /// know who its peers are.
     pub fn with_turns(&self, identities_at_once: usize) -> Self {
         Self {
-            http: self.http.clone(),
+            transport: self.transport.clone(),
             identities: Arc::new(Semaphore::new(identities_at_once)),
             known: Arc::clone(&self.known),
         }
@@ -146,20 +144,17 @@ impl PeerCaller {
             });
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        let mut get = self
-            .http
-            .get(format!("http://{address}/peer/identity"))
-            .timeout(left);
+        let mut get = NodeCall::get(address, "/peer/identity", left);
         let known = self.known.lock().get(address).cloned();
         if let Some(known) = &known {
-            get = get.header(IF_NONE_MATCH, &known.etag);
+            get = get.header(IF_NONE_MATCH, known.etag.clone());
         }
 
         let no_answer = |source| PeerError::NoAnswer {
             address: address.clone(),
             source,
         };
-        let response = get.send().await.map_err(no_answer)?;
+        let response = self.transport.send(get).await.map_err(no_answer)?;
         if let Some(known) = known.filter(|_| response.status() == StatusCode::NOT_MODIFIED) {
             return Ok((*known.identity).clone());
         }
@@ -190,11 +185,7 @@ impl PeerCaller {
         request: &PromiseRequest,
         timeout: Duration,
     ) -> Result<PromiseReply, PeerError> {
-        let post = self
-            .http
-            .post(format!("http://{address}/peer/promise"))
-            .json(request)
-            .timeout(timeout);
+        let post = NodeCall::post(address, "/peer/promise", timeout).json(request);
         self.answer(address, post, VIEW_BYTES_MAX).await
     }
 
@@ -221,11 +212,7 @@ impl PeerCaller {
         request: &HoldRequest,
         timeout: Duration,
     ) -> Result<(), PeerError> {
-        let post = self
-            .http
-            .post(format!("http://{address}/peer/hold"))
-            .json(request)
-            .timeout(timeout);
+        let post = NodeCall::post(address, "/peer/hold", timeout).json(request);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
@@ -243,10 +230,7 @@ impl PeerCaller {
     /// As [`PeerCaller::replicas`], with what the node says of itself besides.
     pub async fn hosting(&self, node: &NodeSpec, timeout: Duration) -> Result<Hosting, PeerError> {
         let address = &node.address;
-        let get = self
-            .http
-            .get(format!("http://{address}/peer/replicas"))
-            .timeout(timeout);
+        let get = NodeCall::get(address, "/peer/replicas", timeout);
         let hosting: Hosting = self.answer(address, get, VIEW_BYTES_MAX).await?;
         if hosting.directory != node.directory {
             return Err(PeerError::AnotherNode {
@@ -264,10 +248,7 @@ impl PeerCaller {
         cluster: ClusterId,
         timeout: Duration,
     ) -> Result<View, PeerError> {
-        let get = self
-            .http
-            .get(format!("http://{address}/peer/view"))
-            .timeout(timeout);
+        let get = NodeCall::get(address, "/peer/view", timeout);
         let view: View = self.answer(address, get, VIEW_BYTES_MAX).await?;
         if view.cluster != cluster {
             return Err(PeerError::AnotherNode {
@@ -284,12 +265,8 @@ impl PeerCaller {
         announcement: &Announcement,
         timeout: Duration,
     ) -> Result<meta::MetaOutcome, PeerError> {
-        let post = self
-            .http
-            .post(format!("http://{address}/peer/announce"))
-            .json(announcement);
-        self.answer(address, post.timeout(timeout), SMALL_BYTES_MAX)
-            .await
+        let post = NodeCall::post(address, "/peer/announce", timeout).json(announcement);
+        self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
     /// Tells a node that may lead the meta group that replicas have failed here.
@@ -299,11 +276,7 @@ impl PeerCaller {
         report: &FailureReport,
         timeout: Duration,
     ) -> Result<(), PeerError> {
-        let post = self
-            .http
-            .post(format!("http://{address}/peer/failures"))
-            .json(report)
-            .timeout(timeout);
+        let post = NodeCall::post(address, "/peer/failures", timeout).json(report);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
@@ -315,11 +288,7 @@ impl PeerCaller {
         report: &DiskReport,
         timeout: Duration,
     ) -> Result<(), PeerError> {
-        let post = self
-            .http
-            .post(format!("http://{address}/peer/disk"))
-            .json(report)
-            .timeout(timeout);
+        let post = NodeCall::post(address, "/peer/disk", timeout).json(report);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
@@ -331,11 +300,7 @@ impl PeerCaller {
         greeting: &Greeting,
         timeout: Duration,
     ) -> Result<GreetingReply, PeerError> {
-        let post = self
-            .http
-            .post(format!("http://{address}/peer/greet"))
-            .json(greeting)
-            .timeout(timeout);
+        let post = NodeCall::post(address, "/peer/greet", timeout).json(greeting);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
@@ -346,12 +311,14 @@ impl PeerCaller {
         members: &[Address],
         timeout: Duration,
     ) -> Result<(), PeerError> {
-        let post = self
-            .http
-            .post(format!("http://{address}/peer/invite"))
-            .json(members)
-            .timeout(timeout);
+        let post = NodeCall::post(address, "/peer/invite", timeout).json(members);
         self.answer(address, post, SMALL_BYTES_MAX).await
+    }
+
+    /// Returns whether a connection to a node can be made, within `at_most`. Nothing is sent over
+    /// it.
+    pub async fn connects(&self, address: &Address, at_most: Duration) -> bool {
+        self.transport.connects(address.clone(), at_most).await
     }
 
     /// Sends a request and reads its answer. `bytes_max`: the longest that an answer of this kind
@@ -359,21 +326,21 @@ impl PeerCaller {
     async fn answer<T: DeserializeOwned>(
         &self,
         address: &Address,
-        request: reqwest::RequestBuilder,
+        call: NodeCall,
         bytes_max: usize,
     ) -> Result<T, PeerError> {
         let no_answer = |source| PeerError::NoAnswer {
             address: address.clone(),
             source,
         };
-        let response = request.send().await.map_err(no_answer)?;
+        let response = self.transport.send(call).await.map_err(no_answer)?;
         read_answer(address, response, bytes_max).await
     }
 }
 
 async fn read_answer<T: DeserializeOwned>(
     address: &Address,
-    response: reqwest::Response,
+    response: NodeReply,
     bytes_max: usize,
 ) -> Result<T, PeerError> {
     if !response.status().is_success() {

@@ -7,10 +7,10 @@
 use std::sync::{Arc, LazyLock};
 
 use bytes::{Bytes, BytesMut};
-use reqwest::Response;
 use serde::de::DeserializeOwned;
 
 use super::call::describe;
+use super::transport::{NodeReply, SendError};
 use crate::budget::{Budget, Share};
 
 /// A view, or what a node says of all its replicas: of a thousand nodes and some thousands of
@@ -35,7 +35,7 @@ pub fn budget() -> &'static Arc<Budget> {
 #[derive(Debug, thiserror::Error)]
 pub enum ReplyError {
     #[error("{}", describe(.0))]
-    Broken(#[from] reqwest::Error),
+    Broken(#[from] SendError),
     #[error("the reply has more than {bytes_max} bytes, which none of its kind has")]
     TooLong { bytes_max: usize },
     #[error("replies of {REPLIES_BYTES_MAX} bytes are read already: try again in a moment")]
@@ -56,12 +56,12 @@ pub struct Reply {
 /// # Errors
 ///
 /// When it is longer, breaks off, or there is no room for it.
-pub async fn read(response: Response, bytes_max: usize) -> Result<Reply, ReplyError> {
+pub async fn read(response: NodeReply, bytes_max: usize) -> Result<Reply, ReplyError> {
     read_charged(response, bytes_max, budget()).await
 }
 
 async fn read_charged(
-    mut response: Response,
+    mut response: NodeReply,
     bytes_max: usize,
     budget: &Arc<Budget>,
 ) -> Result<Reply, ReplyError> {
@@ -95,7 +95,7 @@ async fn read_charged(
 ///
 /// As [`read`], and when it is not what is awaited.
 pub async fn read_json<T: DeserializeOwned>(
-    response: Response,
+    response: NodeReply,
     bytes_max: usize,
 ) -> Result<T, ReplyError> {
     let reply = read(response, bytes_max).await?;
@@ -103,7 +103,7 @@ pub async fn read_json<T: DeserializeOwned>(
 }
 
 /// Reads the text of an error; nothing if it can't be read.
-pub async fn read_problem(response: Response) -> Bytes {
+pub async fn read_problem(response: NodeReply) -> Bytes {
     read(response, PROBLEM_BYTES_MAX)
         .await
         .map(|reply| reply.bytes)
@@ -112,20 +112,18 @@ pub async fn read_problem(response: Response) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::client::testing::{answer, bind, serve};
+    use crate::routing::transport::{HttpTransport, NodeCall};
 
-    async fn get(body: &'static [u8]) -> Response {
+    async fn get(body: &'static [u8]) -> NodeReply {
         let (address, listener) = bind().await;
         serve(listener, move |_| async move { Some(answer(200, body)) });
-        let http = reqwest::Client::builder()
-            .no_proxy()
-            .build()
-            .expect("a client");
-        http.get(format!("http://{address}/"))
-            .send()
-            .await
-            .expect("an answer")
+        let transport = HttpTransport::build(reqwest::Client::builder()).expect("a client");
+        let get = NodeCall::get(&address, "/", Duration::from_secs(20));
+        transport.send(get).await.expect("an answer")
     }
 
     #[tokio::test]

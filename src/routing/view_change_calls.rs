@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, IF_MATCH};
+use http::header::IF_MATCH;
+use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -12,6 +12,7 @@ use super::call::silence;
 use super::problem;
 use super::reply::{self, VIEW_BYTES_MAX};
 use super::retry::{Effect, FailureSource, server_timeout_ms};
+use super::transport::{NodeCall, NodeReply, SendError, Transport};
 use crate::api::failure::Failure;
 use crate::api::store::Options;
 use crate::api::view_change::{
@@ -48,22 +49,20 @@ impl From<Unsettled> for Failure {
 ///
 /// See [`ViewChangeFailure`].
 pub async fn change(
-    http: &reqwest::Client,
+    transport: &dyn Transport,
     address: Address,
     change: &ViewChange,
     only_if: Option<PlanEpoch>,
     options: Options,
 ) -> Result<ChangeInProgress, Unsettled> {
     let timeout_ms = server_timeout_ms(options.timeout);
-    let mut put = http
-        .put(format!(
-            "http://{address}/v1/cluster/view?timeout={timeout_ms}ms"
-        ))
-        .json(change);
+    let path = format!("/v1/cluster/view?timeout={timeout_ms}ms");
+    let mut put = NodeCall::put(&address, path, options.timeout + PATIENCE).json(change);
     if let Some(epoch) = only_if {
-        put = put.header(IF_MATCH, format!("\"{epoch}\""));
+        let etag = HeaderValue::try_from(format!("\"{epoch}\"")).expect("digits in quotes");
+        put = put.header(IF_MATCH, etag);
     }
-    let sent = put.timeout(options.timeout + PATIENCE).send().await;
+    let sent = transport.send(put).await;
     read(sent, &address, effect(only_if)).await
 }
 
@@ -82,19 +81,15 @@ pub fn effect(only_if: Option<PlanEpoch>) -> Effect {
 ///
 /// See [`ViewChangeFailure`].
 pub async fn plan(
-    http: &reqwest::Client,
+    transport: &dyn Transport,
     address: Address,
     change: &ViewChange,
     options: Options,
 ) -> Result<PlannedChange, Unsettled> {
     let timeout_ms = server_timeout_ms(options.timeout);
-    let url = format!("http://{address}/v1/cluster/view?dry_run=true&timeout={timeout_ms}ms");
-    let sent = http
-        .put(url)
-        .json(change)
-        .timeout(options.timeout + PATIENCE)
-        .send()
-        .await;
+    let path = format!("/v1/cluster/view?dry_run=true&timeout={timeout_ms}ms");
+    let put = NodeCall::put(&address, path, options.timeout + PATIENCE).json(change);
+    let sent = transport.send(put).await;
     read(sent, &address, Effect::Safe).await
 }
 
@@ -104,26 +99,22 @@ pub async fn plan(
 ///
 /// Only [`ViewChangeFailure::Failed`].
 pub async fn operation(
-    http: &reqwest::Client,
+    transport: &dyn Transport,
     address: Address,
     id: PlanEpoch,
     options: Options,
 ) -> Result<Option<ChangeInProgress>, Unsettled> {
     let timeout_ms = server_timeout_ms(options.timeout);
-    let url = format!("http://{address}/v1/cluster/operations/{id}?timeout={timeout_ms}ms");
-    match http
-        .get(url)
-        .timeout(options.timeout + PATIENCE)
-        .send()
-        .await
-    {
+    let path = format!("/v1/cluster/operations/{id}?timeout={timeout_ms}ms");
+    let get = NodeCall::get(&address, path, options.timeout + PATIENCE);
+    match transport.send(get).await {
         Ok(response) if response.status() == StatusCode::NOT_FOUND => Ok(None),
         sent => read(sent, &address, Effect::Safe).await.map(Some),
     }
 }
 
 async fn read<T: DeserializeOwned>(
-    sent: reqwest::Result<reqwest::Response>,
+    sent: Result<NodeReply, SendError>,
     address: &Address,
     effect: Effect,
 ) -> Result<T, Unsettled> {

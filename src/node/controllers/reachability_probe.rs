@@ -17,7 +17,6 @@ use tokio_util::sync::CancellationToken;
 use crate::node::context::NodeContext;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{Replica, TransferError};
-use crate::routing::discovery::takes_connections;
 use crate::sm::reach::should_hand_over;
 use crate::telemetry::rarely;
 use crate::types::{GroupId, NodeId};
@@ -90,7 +89,12 @@ impl ReachabilityProbe {
 
         let mut is_open = false;
         for _ in 0..ATTEMPTS {
-            is_open = is_open || takes_connections(&peer.address, CONNECT_TIMEOUT).await;
+            is_open = is_open
+                || self
+                    .context
+                    .peers
+                    .connects(&peer.address, CONNECT_TIMEOUT)
+                    .await;
         }
         let is_news = reachability.set_unreachable(node, !is_open);
         let is_heard = self.context.heard_within(node, HEARD_WITHIN);
