@@ -1,6 +1,7 @@
 //! Quorate: a sharded, linearizable key-value store.
 
 pub mod api;
+pub mod blocking;
 pub mod budget;
 pub mod cli;
 pub mod client;

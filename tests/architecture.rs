@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 /// all.
 const LAYERS: &[(&str, &[&str])] = &[
     ("types", &[]),
+    ("blocking", &[]),
     ("budget", &[]),
     ("error", &["types"]),
     ("telemetry", &["types"]),
@@ -22,6 +23,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "storage",
         &[
+            "blocking",
             "types",
             "error",
             "telemetry",
@@ -34,6 +36,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "raft",
         &[
+            "blocking",
             "types",
             "budget",
             "error",
@@ -46,7 +49,10 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("api", &["types", "budget", "sm"]),
-    ("routing", &["types", "budget", "descriptors", "sm", "api"]),
+    (
+        "routing",
+        &["blocking", "types", "budget", "descriptors", "sm", "api"],
+    ),
     (
         "client",
         &["types", "budget", "telemetry", "sm", "api", "routing"],
@@ -54,6 +60,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "node",
         &[
+            "blocking",
             "types",
             "budget",
             "error",
@@ -72,6 +79,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "http",
         &[
+            "blocking",
             "types",
             "budget",
             "error",
@@ -234,6 +242,11 @@ const SPAWNS: &[(&str, usize, &str)] = &[
         "supervisor.rs",
         4,
         "it supervises them; and the thread of the last line",
+    ),
+    (
+        "blocking.rs",
+        1,
+        "blocking work of a simulation, whose caller sees its panic",
     ),
     (
         "raft/runtime.rs",

@@ -21,6 +21,7 @@ use super::error::NodeError;
 use super::join::{Joined, Joining};
 use super::pause;
 use crate::api::peer::{Greeting, GreetingReply, Identity, Standing};
+use crate::blocking;
 use crate::raft::transport::lanes::PeerRefusal;
 use crate::routing::peer_caller::PeerError;
 use crate::telemetry::rarely;
@@ -55,9 +56,7 @@ impl Joining {
     ) -> Result<Vec<(DirectoryId, Address)>, NodeError> {
         let was_member = self.is_stamped_member();
         let beginning = Arc::clone(self);
-        let begun =
-            tokio::task::spawn_blocking(move || beginning.begin_start(StartId(rand::random())))
-                .await;
+        let begun = blocking::start(move || beginning.begin_start(StartId(rand::random()))).await;
         match begun {
             Ok(begun) => begun?,
             Err(error) => return Err(NodeError::LogFailed(error.to_string())),
@@ -425,8 +424,7 @@ impl Greeter {
     async fn clear_aside(&self) {
         let (joining, view) = (self.joining.clone(), self.context.view());
         if joining.has_aside()
-            && let Err(error) =
-                tokio::task::spawn_blocking(move || joining.clear_aside(&view)).await
+            && let Err(error) = blocking::start(move || joining.clear_aside(&view)).await
         {
             rarely!(error, "deleting what was put aside was broken off: {error}");
         }

@@ -20,6 +20,7 @@ use super::platform::Platform;
 use crate::api::peer::{
     FailedReplica, HostedReplica, Hosting, Identity, PromiseReply, PromiseRequest,
 };
+use crate::blocking;
 use crate::config::NodeConfig;
 use crate::raft::transport::lanes::{DirectoryRejection, PeerDirectories};
 use crate::routing::peer_caller::PeerCaller;
@@ -566,7 +567,7 @@ impl Joining {
     ) -> Result<Identity, String> {
         let reply = if *address == self.config.address {
             let (own, request) = (Arc::clone(self), request.clone());
-            tokio::task::spawn_blocking(move || own.promise(&request))
+            blocking::start(move || own.promise(&request))
                 .await
                 .map_err(|error| error.to_string())?
         } else {

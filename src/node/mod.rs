@@ -56,6 +56,7 @@ use crate::api::store::{
     Written,
 };
 use crate::api::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::blocking;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::remote::RemoteStore;
 use crate::config::NodeConfig;
@@ -146,8 +147,7 @@ impl Node {
     /// Why the node can't go on: it must stop, and says so.
     pub async fn run(&self, shutdown: &CancellationToken) -> Result<(), NodeError> {
         let finishing = Arc::clone(&self.joining);
-        match tokio::task::spawn_blocking(move || running_node::finish_retirement(&finishing)).await
-        {
+        match blocking::start(move || running_node::finish_retirement(&finishing)).await {
             Ok(Ok(true)) => return Err(NodeError::Retired),
             Ok(Ok(false)) => {}
             Ok(Err(error)) => tracing::warn!(
@@ -282,7 +282,7 @@ impl Node {
     /// Marks the directory as an old copy, durably. Returns why the node stops.
     async fn outdated(&self, reason: String) -> NodeError {
         let (joining, why) = (Arc::clone(&self.joining), reason.clone());
-        match tokio::task::spawn_blocking(move || joining.mark_outdated(&why)).await {
+        match blocking::start(move || joining.mark_outdated(&why)).await {
             Ok(Ok(())) => NodeError::Outdated { reason },
             Ok(Err(error)) => error.into(),
             Err(error) => NodeError::LogFailed(error.to_string()),
@@ -388,7 +388,7 @@ impl Node {
     /// Answers a founder.
     pub async fn promise(&self, request: PromiseRequest) -> PromiseReply {
         let joining = Arc::clone(&self.joining);
-        let promised = tokio::task::spawn_blocking(move || joining.promise(&request)).await;
+        let promised = blocking::start(move || joining.promise(&request)).await;
         promised.unwrap_or_else(|error| PromiseReply::Refused {
             reason: error.to_string(),
         })
@@ -431,7 +431,7 @@ impl Node {
         };
         running.context().ensure_ours(request.cluster)?;
         let (joining, HoldRequest { cluster, hold }) = (Arc::clone(&self.joining), request);
-        let written = tokio::task::spawn_blocking(move || joining.hold_level(cluster, hold)).await;
+        let written = blocking::start(move || joining.hold_level(cluster, hold)).await;
         let failed = |reason: String| Failure::Unknown { reason };
         written
             .map_err(|error| failed(error.to_string()))?

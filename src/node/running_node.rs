@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -40,6 +41,7 @@ use super::metric_family::Family;
 use super::metrics;
 use crate::api::peer::Announcement;
 use crate::api::store::Failure;
+use crate::blocking;
 use crate::budget::Budget;
 use crate::config::NodeConfig;
 use crate::raft::Replica;
@@ -88,11 +90,12 @@ pub struct RunningNode {
     speaks: u16,
 }
 
-/// Log and maps, with the threads that write them.
+/// Log and maps, with the threads that write them; tasks in a simulation.
 struct NodeStorage {
     log: Log,
     states: Arc<MapStore>,
     threads: parking_lot::Mutex<Vec<JoinHandle<()>>>,
+    tasks: parking_lot::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 impl RunningNode {
@@ -106,8 +109,7 @@ impl RunningNode {
     ) -> Result<Self, StartError> {
         let opening = Arc::clone(joining);
         let cluster = joined.view.cluster;
-        let opened =
-            tokio::task::spawn_blocking(move || NodeStorage::open(&opening, cluster)).await;
+        let opened = blocking::start(move || NodeStorage::open(&opening, cluster)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
 
         // The meta replica is in the log before the stamp calls this node a member.
@@ -345,8 +347,7 @@ impl RunningNode {
         // Nothing may stamp or open anything as a member from here on.
         self.end_tasks().await;
         let (stamping, node) = (Arc::clone(joining), self.context.node);
-        let stamped =
-            tokio::task::spawn_blocking(move || stamping.stamp_retired(node, &view)).await;
+        let stamped = blocking::start(move || stamping.stamp_retired(node, &view)).await;
         match stamped {
             Ok(stamped) => stamped?,
             Err(error) => {
@@ -370,7 +371,7 @@ impl RunningNode {
                 leftovers::note_cleared(&*disk, joining.directory_path(), &joining.stamp(), cluster)
             };
             // Without the note the next start looks for itself.
-            drop(tokio::task::spawn_blocking(note).await);
+            drop(blocking::start(note).await);
         }
         Ok(())
     }
@@ -459,7 +460,7 @@ impl RunningNode {
         let states = self.storage.states.clone();
         let log = self.storage.log.clone();
         let threads = std::mem::take(&mut *self.storage.threads.lock());
-        let closed = tokio::task::spawn_blocking(move || {
+        let closed = blocking::start(move || {
             if is_clean && let Err(error) = states.close() {
                 tracing::warn!(
                     "the maps were not written down at the stop: {error}; the next start takes \
@@ -478,6 +479,10 @@ impl RunningNode {
         });
         if let Err(error) = closed.await {
             tracing::error!("closing log and maps was broken off: {error}");
+        }
+        if is_clean {
+            let tasks = std::mem::take(&mut *self.storage.tasks.lock());
+            drop(join_all(tasks).await);
         }
     }
 }
@@ -674,17 +679,24 @@ impl NodeStorage {
         let (states, checkpointer) = MapStore::open(trees, disk, path, options)?;
         leftovers::clear_maps(&log, &states)?;
 
-        let thread =
-            |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);
-        let writer =
-            thread("log-writer", Box::new(move || writer.run())).map_err(StartError::Thread)?;
-        let checkpointer = thread("checkpointer", Box::new(move || checkpointer.run()))
-            .map_err(StartError::Thread)?;
+        let supervisor = joining.supervisor();
+        let (mut threads, mut tasks) = (Vec::new(), Vec::new());
+        if blocking::is_inline() {
+            tasks.push(supervisor.start_alone("log-writer", writer.run_in_task()));
+            tasks.push(supervisor.start_alone("checkpointer", checkpointer.run_in_task()));
+        } else {
+            let thread = |part, run: Box<dyn FnOnce() + Send>| supervisor.start_thread(part, run);
+            let writer = thread("log-writer", Box::new(move || writer.run()));
+            threads.push(writer.map_err(StartError::Thread)?);
+            let checkpointer = thread("checkpointer", Box::new(move || checkpointer.run()));
+            threads.push(checkpointer.map_err(StartError::Thread)?);
+        }
 
         Ok(Self {
             log,
             states: Arc::new(states),
-            threads: parking_lot::Mutex::new(vec![writer, checkpointer]),
+            threads: threads.into(),
+            tasks: tasks.into(),
         })
     }
 

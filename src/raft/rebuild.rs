@@ -19,6 +19,7 @@ use super::transport::snapshot_sender;
 use super::transport::snapshots;
 use super::transport::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName};
 use super::types::vote_from_raft;
+use crate::blocking;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::SnapshotReceiver;
 use crate::types::{NodeId, ReplicaId};
@@ -163,7 +164,7 @@ impl Replica {
             number,
         };
         self.supervise(async move {
-            let received = tokio::task::spawn_blocking(move || receiver.finish()).await;
+            let received = blocking::start(move || receiver.finish()).await;
             let result = async {
                 let snapshot = received
                     .map_err(|error| error.to_string())?
@@ -183,7 +184,7 @@ impl Replica {
                 // Moved in, so that the hold ends before the turn does: the next to lock the turn
                 // must not find a hold without a purpose.
                 let _taking = guard;
-                let filled = tokio::task::spawn_blocking(move || filling.exchange_map(&snapshot));
+                let filled = blocking::start(move || filling.exchange_map(&snapshot));
                 filled.await.map_err(|error| error.to_string())??;
                 Ok(vote)
             }

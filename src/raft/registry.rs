@@ -33,6 +33,7 @@ use super::transport::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use super::transport::{Dial, Lane, NodeIdentity, Resolver};
 use super::witness::{self, WitnessReplica};
 use super::witness_store::WitnessStore;
+use crate::blocking;
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
@@ -385,7 +386,7 @@ impl Registry {
         kind: Option<ReplicaKind>,
     ) -> Result<ReplicaLog, OpenError> {
         let files = self.states.witnesses().clone();
-        let begun = tokio::task::spawn_blocking(move || match kind {
+        let begun = blocking::start(move || match kind {
             Some(ReplicaKind::Witness) => files.write(key, &Applied::default()),
             Some(ReplicaKind::Data) | None => files.remove(key),
         });
@@ -410,7 +411,7 @@ impl Registry {
         log: ReplicaLog,
     ) -> Result<ReplicaStore, OpenError> {
         let states = self.states.clone();
-        let opened = tokio::task::spawn_blocking(move || match states.witnesses().read(key)? {
+        let opened = blocking::start(move || match states.witnesses().read(key)? {
             Some(watermark) => Ok(ReplicaStore::Witness(WitnessStore::new(
                 key,
                 states.witnesses().clone(),
@@ -468,9 +469,7 @@ impl Registry {
     pub async fn wipe_replica(&self, key: ReplicaKey) -> Result<(), OpenError> {
         self.close_replica(key).await;
         let states = self.states.clone();
-        let wiped =
-            tokio::task::spawn_blocking(move || background::run("wipe-map", || states.wipe(key)))
-                .await;
+        let wiped = blocking::start(move || background::run("wipe-map", || states.wipe(key))).await;
         wiped
             .map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))?
             .map_err(OpenError::Log)??;
@@ -488,7 +487,7 @@ impl Registry {
 
         // Deleted last: the log of a witness without this file would open as a replica with a map.
         let witnesses = self.states.witnesses().clone();
-        let unmarked = tokio::task::spawn_blocking(move || witnesses.remove(key)).await;
+        let unmarked = blocking::start(move || witnesses.remove(key)).await;
         unmarked
             .map_err(|error| OpenError::Raft(format!("wiping a mark panicked: {error}")))?
             .map_err(OpenError::State)

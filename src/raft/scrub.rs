@@ -2,6 +2,7 @@
 
 use super::replica::Replica;
 use super::witness::WitnessReplica;
+use crate::blocking;
 use crate::sm::ports::StoreError;
 use crate::storage::{Checked, background};
 
@@ -20,10 +21,8 @@ impl Replica {
             context: "writing a snapshot anew".into(),
             source,
         };
-        let written = tokio::task::spawn_blocking(move || {
-            background::run("scrub", || state.rewrite_snapshot())
-        })
-        .await;
+        let written =
+            blocking::start(move || background::run("scrub", || state.rewrite_snapshot())).await;
         written
             .map_err(|error| failed(std::io::Error::other(error)))?
             .map_err(failed)??;

@@ -25,6 +25,7 @@ use super::types::{
     ApplyOutcome, RaftLogId, RaftPayload, SnapshotMeta, StoredMembership, Types,
     decode_stored_membership, encode_stored_membership, from_raft, to_raft,
 };
+use crate::blocking;
 use crate::sm::kv;
 use crate::sm::ports::StoreError;
 use crate::storage::background;
@@ -224,7 +225,7 @@ impl RaftStateMachine<Types> for StateMachine {
         let _installing = InstallGuard::begin(self.apply_state.clone());
 
         let apply_state = self.apply_state.clone();
-        let installed = tokio::task::spawn_blocking(move || match (&apply_state.store, &data) {
+        let installed = blocking::start(move || match (&apply_state.store, &data) {
             (ReplicaStore::Map(state), SnapshotData::Map(snapshot)) => {
                 let filled = background::run("fill-map", || state.install(snapshot));
                 filled.unwrap_or_else(|source| {
@@ -305,7 +306,7 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
 pub async fn build(state: &ReplicaMap) -> Result<Snapshot, StoreError> {
     state.settle().await;
     let state = state.clone();
-    let built = tokio::task::spawn_blocking(move || state.build_snapshot()).await;
+    let built = blocking::start(move || state.build_snapshot()).await;
     built.map_err(|error| StoreError::Io {
         context: "building a snapshot".into(),
         source: io::Error::other(error),
@@ -325,7 +326,7 @@ pub async fn write_watermark(apply_state: &Arc<ApplyState>) -> Result<Applied, S
         }
     };
     let apply_state = apply_state.clone();
-    let watermark = tokio::task::spawn_blocking(move || match &apply_state.store {
+    let watermark = blocking::start(move || match &apply_state.store {
         ReplicaStore::Witness(state) => state.write_watermark(&applied).map(|()| state.watermark()),
         ReplicaStore::Map(_) => Ok(applied),
     });

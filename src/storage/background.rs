@@ -3,6 +3,8 @@
 
 use std::io;
 
+use crate::blocking;
+
 /// Nice value of background threads on Linux: a third of the normal share of the processor is left.
 /// Not less, because a map that is written to meanwhile must be filled before the log that it goes
 /// on from is purged.
@@ -10,8 +12,11 @@ use std::io;
 const NICENESS: i32 = 5;
 
 /// Does `work` in a thread of its own that steps back behind all others of the machine, and waits
-/// for it. Blocking. A panic of `work` goes on here.
+/// for it; in a simulation, in the caller's. Blocking. A panic of `work` goes on here.
 pub fn run<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    if blocking::is_inline() {
+        return Ok(work());
+    }
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name(name.to_owned())

@@ -10,6 +10,7 @@ use serde_json::value::RawValue;
 
 use super::error::DialectError;
 use super::value::JsonText;
+use crate::blocking;
 use crate::budget::Share;
 use crate::http::Limits;
 use crate::http::body::{self, BodyBytes};
@@ -212,7 +213,7 @@ pub async fn apart<T: Send + 'static>(
     if bytes < LARGE_BYTES {
         return work();
     }
-    tokio::task::spawn_blocking(work)
+    blocking::start(work)
         .await
         .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::peer::DiskReport;
+use crate::blocking;
 use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;
@@ -79,7 +80,7 @@ impl DiskWatch {
 
     async fn tick(&mut self) {
         let log = self.log.clone();
-        let looked = tokio::task::spawn_blocking(move || log.look_for_room()).await;
+        let looked = blocking::start(move || log.look_for_room()).await;
         if let Ok(Err(error)) = looked
             && let Some(more) = self.unseen.due()
         {

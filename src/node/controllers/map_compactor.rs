@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking;
 use crate::node::pause;
 use crate::sm::ports::StoreError;
 use crate::storage::background;
@@ -51,7 +52,7 @@ impl MapCompactor {
 
     async fn tick(&self, shutdown: CancellationToken) -> Result<(), StoreError> {
         let (states, stored) = (self.states.clone(), self.log.replicas());
-        let work = tokio::task::spawn_blocking(move || {
+        let work = blocking::start(move || {
             if !states.wants_compaction()? {
                 return Ok(());
             }

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::replica_opener::{ReplicaOpener, ReplicaTasks};
 use super::view_replicas::{is_retired, replicas_of};
 use crate::api::peer::Announcement;
+use crate::blocking;
 use crate::node::context::NodeContext;
 use crate::node::join::Joining;
 use crate::node::map_directory::are_maps_condemned;
@@ -295,7 +296,7 @@ impl Reconciler {
             self.context.view(),
             self.context.node,
         );
-        match tokio::task::spawn_blocking(move || joining.stamp_member(node, &view)).await {
+        match blocking::start(move || joining.stamp_member(node, &view)).await {
             Ok(Ok(())) => self.done.lock().meta_applied = applied,
             Ok(Err(error)) => rarely!(error, "the stamp cannot be written: {error}"),
             Err(error) => rarely!(error, "writing the stamp was broken off: {error}"),

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::protocol::{ScrubDamage, ScrubStatus};
+use crate::blocking;
 use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::Replica;
@@ -326,9 +327,8 @@ impl Pass {
             let Some(damage) = self.read(ScrubKind::Witness, check).await else {
                 continue;
             };
-            let rewritten = tokio::task::spawn_blocking(move || {
-                witness.rewrite_file().map_err(|error| error.to_string())
-            });
+            let rewritten =
+                blocking::start(move || witness.rewrite_file().map_err(|error| error.to_string()));
             let rewritten = rewritten
                 .await
                 .unwrap_or_else(|error| Err(error.to_string()));
@@ -408,7 +408,7 @@ impl Pass {
             return true;
         }
         let state = group.state().clone();
-        let read = tokio::task::spawn_blocking(move || state.check_snapshot(&mut |_| true)).await;
+        let read = blocking::start(move || state.check_snapshot(&mut |_| true)).await;
         // Where there is none yet, the log has all.
         !matches!(read, Ok(Checked::Damaged(_)) | Err(_))
     }
@@ -423,7 +423,7 @@ impl Pass {
             return None;
         }
         let (scrubs, shutdown) = (self.scrubs.clone(), self.shutdown.clone());
-        let read = tokio::task::spawn_blocking(move || {
+        let read = blocking::start(move || {
             background::run("scrub", || {
                 let mut resting = Resting::new(&scrubs, &shutdown);
                 let checked = check(&mut |bytes| resting.read(bytes));

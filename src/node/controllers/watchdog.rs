@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking;
 use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::ReplicaPosition;
@@ -358,6 +359,10 @@ fn watch_runtime(
     watched: &Arc<RuntimeActivity>,
     look: Duration,
 ) -> io::Result<()> {
+    // The clock of a simulation is not that of its thread.
+    if blocking::is_inline() {
+        return Ok(());
+    }
     let (ending, watched) = (supervisor.clone(), Arc::downgrade(watched));
     let watch = move || {
         let (mut tasks, mut writer) = (None, None);

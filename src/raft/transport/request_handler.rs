@@ -14,6 +14,7 @@ use openraft::raft::{
     VoteRequest, VoteResponse,
 };
 
+use crate::blocking;
 use crate::raft::replica::Replica;
 use crate::raft::replica_store::ReplicaStore;
 use crate::raft::transport::Lane;
@@ -158,8 +159,7 @@ impl Replica {
             }
             PeerRequest::SnapshotChunk { snapshot, offset } => {
                 let (inbox, tail) = (self.inbox.clone(), tail.clone());
-                let written =
-                    tokio::task::spawn_blocking(move || inbox.write(snapshot, offset, &tail)).await;
+                let written = blocking::start(move || inbox.write(snapshot, offset, &tail)).await;
                 self.apply_state.hold.renew();
                 written.unwrap_or_else(|error| {
                     Err(PeerRefusal::Failed(format!(

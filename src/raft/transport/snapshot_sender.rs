@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::LaneError;
 use super::peer_client::PeerClient;
 use super::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName, WireError};
+use crate::blocking;
 use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::Snapshot;
@@ -116,7 +117,7 @@ fn name_of(snapshot: &Snapshot) -> SnapshotName {
 
 async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneError> {
     let snapshot = snapshot.clone();
-    let read = tokio::task::spawn_blocking(move || {
+    let read = blocking::start(move || {
         let mut chunk = vec![0; CHUNK_BYTES];
         let read = snapshot.read_at(offset, &mut chunk)?;
         chunk.truncate(read);

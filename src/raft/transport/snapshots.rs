@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::watch;
 
+use crate::blocking;
 use crate::raft::replica_store::SnapshotData;
 use crate::raft::state_machine::{RaftHandle, with_meta};
 use crate::raft::transport::wire::{PeerRefusal, PeerReply, SnapshotName};
@@ -246,7 +247,7 @@ pub async fn install(
         prepared.unwrap_or_else(|source| Err(failed(source)))?;
         Ok::<_, StoreError>(snapshot)
     };
-    let prepared = tokio::task::spawn_blocking(prepare)
+    let prepared = blocking::start(prepare)
         .await
         .map_err(|error| error.to_string())?;
     let snapshot = prepared.map_err(|error| error.to_string())?;
@@ -278,7 +279,7 @@ async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<Raft
 /// Removes the leftovers of an installation.
 pub async fn tidy(state: ReplicaMap) {
     let key = state.key();
-    match tokio::task::spawn_blocking(move || state.tidy()).await {
+    match blocking::start(move || state.tidy()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::debug!(replica = %key, %error, "an old map stays until the next start")

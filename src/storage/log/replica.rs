@@ -16,6 +16,7 @@ use super::queue::{LogOp, call};
 use super::record::ReplicaHead;
 use super::replica_state::{EntrySource, ReplicaLogInner, ReplicaLogState, wiped};
 use super::{Done, LogEntry, Vote};
+use crate::blocking;
 use crate::storage::ReplicaKey;
 use crate::types::LogId;
 
@@ -141,7 +142,7 @@ impl ReplicaLog {
         let turn = self.log.shared().readers.clone().acquire_owned().await;
         let turn = turn.map_err(io::Error::other)?;
         // The turn lasts as long as the read, also if nobody waits for that any more.
-        let read = tokio::task::spawn_blocking(move || {
+        let read = blocking::start(move || {
             let _turn = turn;
             log.read(range, bytes_max)
         });

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
+use crate::blocking;
+
 /// A read that takes no longer has not waited for a disk, or not so that it matters.
 const QUICK: Duration = Duration::from_micros(500);
 /// Slow reads may take one part in this many of the time of serving threads.
@@ -81,7 +83,7 @@ impl Readers {
             let _turn = turn;
             work()
         };
-        match tokio::task::spawn_blocking(work).await {
+        match blocking::start(work).await {
             Ok(done) => done,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),

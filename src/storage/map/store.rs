@@ -314,6 +314,15 @@ impl Checkpointer {
         }
     }
 
+    /// The same as a task: for a simulation. Its writes and syncs block the thread.
+    pub async fn run_in_task(mut self) {
+        while !self.shared.queue.is_stopped() {
+            if !self.pump() {
+                self.shared.queue.wait_in_task().await;
+            }
+        }
+    }
+
     /// Does one job, if there is one: for a simulation in one thread.
     pub fn pump(&mut self) -> bool {
         let Some(job) = self.shared.queue.try_pop() else {
@@ -445,7 +454,8 @@ pub(super) enum CheckpointJob {
 #[derive(Default)]
 pub(super) struct JobQueue {
     state: Mutex<JobQueueState>,
-    pushed: Condvar,
+    wake_thread: Condvar,
+    wake_task: Notify,
 }
 
 #[derive(Default)]
@@ -457,19 +467,25 @@ struct JobQueueState {
 impl JobQueue {
     pub fn push(&self, job: CheckpointJob) {
         self.lock().jobs.push_back(job);
-        self.pushed.notify_one();
+        self.wake_thread.notify_one();
+        self.wake_task.notify_one();
     }
 
     /// The next job, or none when stopped.
     fn wait(&self) -> Option<CheckpointJob> {
         let mut state = self.lock();
-        self.pushed
+        self.wake_thread
             .wait_while(&mut state, |state| state.jobs.is_empty() && !state.stopped);
         if state.stopped {
             None
         } else {
             state.jobs.pop_front()
         }
+    }
+
+    /// Waits as a task until something was pushed, or it was stopped. May return early.
+    async fn wait_in_task(&self) {
+        self.wake_task.notified().await;
     }
 
     fn try_pop(&self) -> Option<CheckpointJob> {
@@ -483,7 +499,8 @@ impl JobQueue {
 
     fn stop(&self) {
         self.lock().stopped = true;
-        self.pushed.notify_all();
+        self.wake_thread.notify_all();
+        self.wake_task.notify_one();
     }
 
     /// Returns whether nothing waits, or nothing more is done.

@@ -18,6 +18,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::blocking;
 use crate::raft::transport::wire::PeerRefusal;
 use crate::sm::starts::{Start, Starts};
 use crate::storage::starts::{Lacking, StartBook};
@@ -157,7 +158,7 @@ impl PeerDirectories {
 
         // Learning syncs a file, so it is done on a thread that may block.
         let (book, learning) = (self.book.clone(), starts.clone());
-        let learned = tokio::task::spawn_blocking(move || book.learn(directory, &learning)).await;
+        let learned = blocking::start(move || book.learn(directory, &learning)).await;
         match learned {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(lacking))) => Err(self.refuse(directory, starts, lacking)),
@@ -256,7 +257,7 @@ impl PeerDirectories {
             id: StartId(rand::random()),
         };
         let book = self.book.clone();
-        tokio::task::spawn_blocking(move || {
+        blocking::start(move || {
             if let Err(error) = book.require(directory, start) {
                 // Said once for each start.
                 tracing::error!(
