@@ -50,7 +50,7 @@ impl ProbeCache {
     async fn recall(&self, address: &Address, ask: impl Future<Output = bool>) -> bool {
         let cell = self.cell(address);
         let mut heard = cell.lock().await;
-        if let Some(known) = heard.filter(|heard| Self::is_fresh(heard)) {
+        if let Some(known) = heard.filter(Self::is_fresh) {
             return known.yes;
         }
 

@@ -22,8 +22,8 @@ pub enum AgreementVerdict {
 }
 
 /// Returns whether more than half of all `members` that have a map have told the same. Only they
-/// can end what [`Verdict::NoMajority`] began: that nobody contradicts may mean that nobody has
-/// answered.
+/// can end what [`AgreementVerdict::NoMajority`] began: that nobody contradicts may mean that
+/// nobody has answered.
 pub fn is_majority_of_one_mind<D: Ord>(
     members: &BTreeSet<ReplicaId>,
     digests: &BTreeMap<ReplicaId, D>,

@@ -34,7 +34,7 @@ pub enum KvCommand {
     /// the leader that proposes it.
     Install { time_ms: u64, install: Install },
     /// As [`KvCommand::Write`], but a write whose gets return more than is left of
-    /// [`ANSWER_BYTES_MAX`] for the entry is rejected. From level 1 on.
+    /// `ANSWER_BYTES_MAX` for the entry is rejected. From level 1 on.
     BoundedWrite { time_ms: u64, writes: Vec<Write> },
     /// Changes nothing: replicas note the digest of their maps as of this entry. From level 1 on.
     Compare,
@@ -176,7 +176,7 @@ pub enum WriteRejection {
     KeyReused { slot: Slot },
     /// The memory of answered requests is full: try again when some have expired.
     RequestsFull { slot: Slot },
-    /// Its gets return so many bytes: more than [`ANSWER_BYTES_MAX`], or than other writes of its
+    /// Its gets return so many bytes: more than `ANSWER_BYTES_MAX`, or than other writes of its
     /// entry have left of them. Never sent.
     AnswerTooLarge { bytes: u64 },
 }

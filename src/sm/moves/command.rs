@@ -128,10 +128,11 @@ pub struct InstallProgress {
 pub enum MoveOutcome {
     /// It is so, by this entry or by an earlier one.
     Done,
-    /// Of [`MoveStep::Clear`]. `more`: something is left.
+    /// Of [`MoveCommand::Clear`]. `more`: something is left.
     Cleared { more: bool },
-    /// Of [`MoveCommand::Prepare`], [`MoveStep::Complete`] and [`Install`]: where the install now
-    /// stands, whether by this entry or because another driver has come further. Go on from there.
+    /// Of [`MoveCommand::Prepare`], [`MoveCommand::Complete`] and [`Install`]: where the install
+    /// now stands, whether by this entry or because another driver has come further. Go on from
+    /// there.
     Installing(InstallProgress),
     /// Nothing was changed.
     Rejected(MoveRejection),

@@ -65,8 +65,8 @@ pub struct Pin {
     pub held_bytes: u64,
 }
 
-/// The log of a node. Clones are the same log; it closes when all of them, and all [`ReplicaLog`]s,
-/// are dropped.
+/// The log of a node. Clones are the same log; it closes when all of them, and all
+/// [`ReplicaLog`](crate::storage::log::ReplicaLog)s, are dropped.
 #[derive(Clone)]
 pub struct Log {
     pub(super) handle: Arc<LogHandle>,

@@ -134,7 +134,7 @@ pub struct LogOptions {
     /// Recent entries kept in memory, of all replicas together. What is not yet synced is kept
     /// besides.
     pub cache_bytes: usize,
-    /// Past this [`Log::overloaded`] asks proposers to wait. Appends are not refused: Raft could
+    /// Past this [`Log::is_overloaded`] asks proposers to wait. Appends are not refused: Raft could
     /// not bear it.
     pub queue_bytes_max: usize,
     /// At most so much is written in one batch, unless one operation alone is larger.
