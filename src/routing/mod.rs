@@ -1,5 +1,5 @@
 //! The way of a request to the shards: the [`router`] splits and merges over them, [`call`] reaches
-//! their leaders, [`retry`] says what is sent again.
+//! their leaders, [`retry`] says what is sent again. All calls to nodes go by one [`transport`].
 //!
 //! [`reply`] and [`problem`] read what comes back, within limits. [`discovery`] asks single nodes
 //! about the cluster, [`home_probe`] which node a client is sent to while a shard's home is away.

@@ -2,9 +2,9 @@
 //! back.
 //!
 //! What is asked, and what an answer means, is the business of the callers: `call` of shards,
-//! `peer` of nodes, `enquiry` and `view_change` of clusters. [`HttpTransport`] is the way over the
-//! network; a simulation puts one in its place that has delays and partitions, and no sockets.
-//! Lanes, which stream, have a seam of their own (`raft::transport::Dial`).
+//! `peer_caller` of nodes, `discovery` and `view_change_calls` of clusters. [`HttpTransport`] is
+//! the way over the network; a simulation puts one in its place that has delays and partitions, and
+//! no sockets. Lanes, which stream, have a seam of their own (`raft::transport::Dial`).
 
 use std::error::Error;
 use std::fmt;
@@ -99,7 +99,7 @@ impl NodeCall {
     }
 }
 
-/// Why a request has no reply.
+/// A reason why a request has no reply.
 #[derive(Debug)]
 pub struct SendError {
     kind: SendErrorKind,
@@ -227,7 +227,7 @@ impl From<http::Response<Bytes>> for NodeReply {
     }
 }
 
-/// Why the HTTP client can't be set up.
+/// The reason why the HTTP client can't be set up.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct SetUpError(#[from] reqwest::Error);
