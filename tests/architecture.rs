@@ -416,7 +416,7 @@ fn doc_comments_begin_with_no_noun_clause() {
         for (at, line) in lines.iter().enumerate() {
             let goes_on = at > 0 && lines[at - 1].starts_with("///");
             let begins = |clause: &&str| line.starts_with(&format!("/// {clause} "));
-            if !goes_on && NOUN_CLAUSES.iter().any(|clause| begins(clause)) {
+            if !goes_on && NOUN_CLAUSES.iter().any(begins) {
                 wrong.push(format!("{}:{}: {line}", source.path, at + 1));
             }
         }
