@@ -154,10 +154,14 @@ impl SlotMoveController {
             shared.lock_clean().remove(&id);
             self.tasks
                 .begin(id, async move { shared.drive(&group, &slot_move).await });
-        } else if self.sources.1.contains(&id) && shared.may_open(id) {
-            shared.lock_clean().remove(&id);
-            self.tasks
-                .begin(id, async move { shared.open(&group).await });
+        } else if self.sources.1.contains(&id) {
+            // Nothing is cleared while there is something to move: a task that only finds that out
+            // would end at once, and the next would follow it without a pause.
+            if shared.may_open(id) {
+                shared.lock_clean().remove(&id);
+                self.tasks
+                    .begin(id, async move { shared.open(&group).await });
+            }
         } else if shared.lock_clean().get(&id) != Some(&term) {
             self.tasks.begin(id, async move {
                 if shared.clear(&group).await {
