@@ -143,8 +143,14 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
 
 /// Returns the app that serves a node.
 pub fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
+    served(node, vec![server.stats()], limits)
+}
+
+/// Returns a node as [`app`] does, with the metrics of whatever serves it.
+pub fn served(node: &Arc<Node>, mut metrics: Vec<Arc<dyn MetricSource>>, limits: Limits) -> App {
     let face = Arc::new(NodeService { node: node.clone() });
-    let metrics = Arc::new(Metrics::new(vec![server.stats(), face.clone()]));
+    metrics.push(face.clone());
+    let metrics = Arc::new(Metrics::new(metrics));
     App::new(node.clone(), face.clone(), metrics, Some(face), limits)
 }
 

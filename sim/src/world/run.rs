@@ -1,0 +1,444 @@
+//! [`simulate`]: one life of a world. It is founded, goes wrong while clients work, and is healed;
+//! then it must get on, and everything that clients were told must be true.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use quorate::api::view_change::{ReplicationFactor, Shards, ViewChange};
+use quorate::sm::cluster::view::PlacementSpec;
+use quorate::types::Address;
+use quorate_sim::linearizable;
+
+use super::clients::Clients;
+use super::determinism;
+use super::host::{End, Ended, Host};
+use super::network::Network;
+use super::oracles::Oracles;
+use super::random::SimRng;
+
+/// How long the world may take to be founded, or to get on after it was healed.
+const PROGRESS_MS_MAX: u64 = 120_000;
+/// Between two looks at replicas, and at their maps.
+const LOOK_EVERY_MS: u64 = 20;
+const LOOK_DEEP_EVERY_MS: u64 = 1000;
+
+/// What may go wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Fault {
+    /// A process is killed, and started again.
+    Kill,
+    /// The power of a machine fails, and comes back.
+    Power,
+    /// A process stands still for a while.
+    Pause,
+    /// Links are cut: one machine off, a partition, one way only.
+    Partition,
+    /// Links are slow.
+    Slow,
+    /// A connection breaks.
+    Reset,
+    /// The view is changed.
+    View,
+}
+
+impl Fault {
+    pub const ALL: [Fault; 7] = [
+        Fault::Kill,
+        Fault::Power,
+        Fault::Pause,
+        Fault::Partition,
+        Fault::Slow,
+        Fault::Reset,
+        Fault::View,
+    ];
+}
+
+/// How a life went.
+#[derive(Debug, Default)]
+pub struct Life {
+    pub operations: u64,
+    pub faults: u64,
+    pub view_changes: u64,
+    pub simulated_ms: u64,
+    pub violation: Option<String>,
+    /// What happened, line by line, as a person reads it.
+    pub story: String,
+    /// Equal in two runs of one seed.
+    pub trace: u64,
+    pub messages: u64,
+}
+
+impl Life {
+    pub fn summary(&self) -> String {
+        format!(
+            "{} operations, {} faults, {} view changes, {}.{:03} simulated seconds, {} messages, \
+             trace {:016x}",
+            self.operations,
+            self.faults,
+            self.view_changes,
+            self.simulated_ms / 1000,
+            self.simulated_ms % 1000,
+            self.messages,
+            self.trace
+        )
+    }
+}
+
+#[derive(Debug)]
+enum Event {
+    Strike,
+    Restart(usize),
+    Resume(usize, u64),
+    Heal,
+}
+
+/// Whether a change of the view was accepted, once that is known.
+type Accepted = Arc<Mutex<Option<bool>>>;
+
+struct World {
+    now_ms: u64,
+    hosts: Vec<Host>,
+    network: Network,
+    clients: Clients,
+    oracles: Oracles,
+    random: SimRng,
+    faults: Vec<Fault>,
+    events: BTreeMap<(u64, u64), Event>,
+    events_planned: u64,
+    paused: Vec<bool>,
+    changes: Vec<Accepted>,
+    life: Life,
+}
+
+/// Runs the life of a seed in this thread, which must be a new one.
+pub fn simulate(seed: u64, faults: &[Fault]) -> Life {
+    determinism::begin(seed);
+    quorate::blocking::testing::do_inline();
+    let mut world = World::new(seed, faults);
+    if let Err(violation) = world.live() {
+        world.tell(&format!("violation: {violation}"));
+        world.life.violation = Some(violation);
+    }
+    world.end()
+}
+
+impl World {
+    fn new(seed: u64, faults: &[Fault]) -> Self {
+        let mut random = SimRng::new(seed, "world");
+        let has_views = faults.contains(&Fault::View);
+        let spares = if has_views { random.below(3) } else { 0 };
+        let members = *random.pick(&[3, 3, 3, 5]);
+        let nodes = members + spares as usize;
+        let clients = random.between(3, 6) as usize;
+        let address = |name: String| -> Address { name.parse().expect("an address") };
+        let addresses: Vec<Address> = (0..nodes)
+            .map(|node| address(format!("node-{node}:1")))
+            .chain((0..=clients).map(|client| address(format!("client-{client}:1"))))
+            .collect();
+        let network = Network::new(&addresses, SimRng::new(seed, "network"));
+        let view = addresses[..members].to_vec();
+        let asked = PlacementSpec {
+            shards: Some(random.between(1, 4) as u16),
+            ..PlacementSpec::default()
+        };
+        let hosts = (0..nodes)
+            .map(|index| {
+                let address = addresses[index].clone();
+                let view = Some(view.clone());
+                Host::new(index, address, view, asked, network.clone(), seed)
+            })
+            .collect();
+        let clients = Clients::new(&network, &addresses[..nodes], nodes, clients, seed);
+        Self {
+            now_ms: 0,
+            hosts,
+            network,
+            clients,
+            oracles: Oracles::default(),
+            random,
+            faults: faults.to_vec(),
+            events: BTreeMap::new(),
+            events_planned: 0,
+            paused: vec![false; nodes],
+            changes: Vec::new(),
+            life: Life::default(),
+        }
+    }
+
+    fn live(&mut self) -> Result<(), String> {
+        let count = self.random.between(8, 24);
+        let keys: Arc<Vec<String>> = Arc::new((0..count).map(|n| format!("key-{n:02}")).collect());
+        for host in 0..self.hosts.len() {
+            self.hosts[host].start();
+        }
+        let settled = self.clients.settle();
+        self.until("the cluster is founded", || settled.lock().is_some())?;
+        settled.lock().take().unwrap_or(Ok(()))?;
+        self.tell("founded");
+
+        self.clients.begin(&keys);
+        if !self.faults.is_empty() {
+            self.plan(1000, Event::Strike);
+        }
+        let work_ms = self.random.between(8_000, 20_000);
+        let until = self.now_ms + work_ms;
+        while self.now_ms < until {
+            self.tick()?;
+        }
+
+        self.heal_all();
+        self.tell("healed");
+        self.clients.end();
+        let book = self.clients.book();
+        self.until("the requests end", || book.lock().are_over())?;
+        let read = self.clients.read_all(&keys);
+        self.until("all is read", || read.lock().is_some())?;
+        read.lock().take().unwrap_or(Ok(()))?;
+        let settled = self.clients.settle();
+        self.until("the cluster settles", || settled.lock().is_some())?;
+        settled.lock().take().unwrap_or(Ok(()))?;
+        self.oracles.look(&self.hosts, true)?;
+        self.tell("read");
+        self.check_histories()
+    }
+
+    fn check_histories(&self) -> Result<(), String> {
+        let book = self.clients.book();
+        for (key, operations) in &book.lock().operations {
+            linearizable::check(operations).map_err(|violation| format!("{key}: {violation}"))?;
+        }
+        Ok(())
+    }
+
+    fn until(&mut self, what: &str, is_done: impl Fn() -> bool) -> Result<(), String> {
+        let deadline = self.now_ms + PROGRESS_MS_MAX;
+        while !is_done() {
+            if self.now_ms > deadline {
+                return Err(format!("no progress: {what} was awaited in vain"));
+            }
+            self.tick()?;
+        }
+        Ok(())
+    }
+
+    /// A millisecond of the world.
+    fn tick(&mut self) -> Result<(), String> {
+        self.now_ms += 1;
+        determinism::set_now_ms(self.now_ms);
+        self.network.advance(self.now_ms);
+        while let Some(entry) = self.events.first_entry() {
+            if entry.key().0 > self.now_ms {
+                break;
+            }
+            let event = entry.remove();
+            self.happen(event);
+        }
+        for index in 0..self.hosts.len() {
+            if self.paused[index] {
+                continue;
+            }
+            self.hosts[index].step(self.now_ms);
+            match self.hosts[index].take_end() {
+                None => {}
+                Some(Ended::Again(why)) => {
+                    self.tell(&format!("node {index} starts again: {why}"));
+                    self.plan(100, Event::Restart(index));
+                }
+                Some(Ended::Failed(why)) => return Err(format!("node {index} ended: {why}")),
+            }
+        }
+        self.clients.step();
+        if self.now_ms.is_multiple_of(LOOK_EVERY_MS) {
+            let is_deep = self.now_ms.is_multiple_of(LOOK_DEEP_EVERY_MS);
+            self.oracles.look(&self.hosts, is_deep)?;
+        }
+        Ok(())
+    }
+
+    fn plan(&mut self, in_ms: u64, event: Event) {
+        self.events_planned += 1;
+        let key = (self.now_ms + in_ms, self.events_planned);
+        self.events.insert(key, event);
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Strike => {
+                let fault = *self.random.pick(&self.faults.clone());
+                self.strike(fault);
+                let pause = self.random.between(100, 3000);
+                self.plan(pause, Event::Strike);
+            }
+            Event::Restart(index) => {
+                if !self.hosts[index].is_up() {
+                    self.tell(&format!("start node {index}"));
+                    self.hosts[index].start();
+                }
+            }
+            Event::Resume(index, since_ms) => self.resume(index, since_ms),
+            Event::Heal => {
+                self.tell("heal the links");
+                self.network.heal();
+            }
+        }
+    }
+
+    fn resume(&mut self, index: usize, since_ms: u64) {
+        if std::mem::take(&mut self.paused[index]) {
+            self.tell(&format!("resume node {index}"));
+            self.hosts[index].jump(self.now_ms - since_ms);
+        }
+    }
+
+    fn strike(&mut self, fault: Fault) {
+        let nodes = self.hosts.len();
+        let index = self.random.below(nodes as u64) as usize;
+        match fault {
+            Fault::Kill | Fault::Power => {
+                if !self.hosts[index].is_up() || self.paused[index] {
+                    return;
+                }
+                let end = match fault {
+                    Fault::Power => End::PowerCut,
+                    _ => End::Kill,
+                };
+                self.tell(&format!("{end:?} node {index}"));
+                self.hosts[index].end(end);
+                let down_ms = self.random.between(50, 6000);
+                self.plan(down_ms, Event::Restart(index));
+            }
+            Fault::Pause => {
+                if !self.hosts[index].is_up() || self.paused[index] {
+                    return;
+                }
+                self.tell(&format!("pause node {index}"));
+                self.paused[index] = true;
+                let pause_ms = self.random.between(20, 5000);
+                self.plan(pause_ms, Event::Resume(index, self.now_ms));
+            }
+            Fault::Partition => self.partition(index),
+            Fault::Slow => {
+                self.tell(&format!("slow links of node {index}"));
+                for other in 0..nodes {
+                    self.network.slow_down(index, other);
+                    self.network.slow_down(other, index);
+                }
+                let slow_ms = self.random.between(200, 4000);
+                self.plan(slow_ms, Event::Heal);
+            }
+            Fault::Reset => {
+                if !self.network.reset_one() {
+                    return;
+                }
+                self.tell("reset a connection");
+            }
+            Fault::View => self.change_view(),
+        }
+        self.life.faults += u64::from(fault != Fault::View);
+    }
+
+    fn partition(&mut self, index: usize) {
+        let nodes = self.hosts.len();
+        let kind = self.random.below(4);
+        let other = (index + 1 + self.random.below(nodes as u64 - 1) as usize) % nodes;
+        match kind {
+            0 => {
+                self.tell(&format!("cut node {index} off"));
+                for other in (0..nodes).filter(|other| *other != index) {
+                    self.network.cut(index, other);
+                    self.network.cut(other, index);
+                }
+            }
+            1 => {
+                self.tell(&format!("cut what node {index} sends"));
+                for other in (0..nodes).filter(|other| *other != index) {
+                    self.network.cut(index, other);
+                }
+            }
+            2 => {
+                self.tell(&format!("cut between node {index} and node {other}"));
+                self.network.cut(index, other);
+                self.network.cut(other, index);
+            }
+            _ => {
+                self.tell(&format!("cut from node {index} to node {other}"));
+                self.network.cut(index, other);
+            }
+        }
+        let cut_ms = self.random.between(100, 8000);
+        self.plan(cut_ms, Event::Heal);
+    }
+
+    fn change_view(&mut self) {
+        let nodes = self.hosts.len();
+        let change = match self.random.below(4) {
+            0 => ViewChange {
+                shards: Some(Shards::Fixed(self.random.between(1, 6) as u16)),
+                ..ViewChange::default()
+            },
+            1 => ViewChange {
+                replication_factor: Some(ReplicationFactor::Fixed(
+                    *self.random.pick(&[1, 2, 3, 3]),
+                )),
+                ..ViewChange::default()
+            },
+            _ => {
+                let leaves_out = self.random.below(nodes as u64) as usize;
+                let named = (0..nodes)
+                    .filter(|index| nodes <= 3 || *index != leaves_out)
+                    .map(|index| self.hosts[index].address.clone());
+                ViewChange {
+                    nodes: Some(named.collect()),
+                    ..ViewChange::default()
+                }
+            }
+        };
+        self.tell(&format!("change the view: {change:?}"));
+        let accepted = self.clients.change(change);
+        self.changes.push(accepted);
+    }
+
+    fn heal_all(&mut self) {
+        self.events.clear();
+        self.network.heal();
+        for index in 0..self.hosts.len() {
+            // How long it stood still is of no matter any more.
+            self.paused[index] = false;
+            if !self.hosts[index].is_up() {
+                self.hosts[index].start();
+            }
+        }
+    }
+
+    fn tell(&mut self, what: &str) {
+        let (s, ms) = (self.now_ms / 1000, self.now_ms % 1000);
+        let _ = writeln!(self.life.story, "[{s:>4}.{ms:03}] {what}");
+        self.network.note(what);
+    }
+
+    fn end(mut self) -> Life {
+        let accepted = |change: &&Accepted| *change.lock() == Some(true);
+        self.life.view_changes = self.changes.iter().filter(accepted).count() as u64;
+        self.life.simulated_ms = self.now_ms;
+        let book = self.clients.book();
+        let book = book.lock();
+        self.life.operations = book.answered + book.unanswered;
+        let counts = format!(
+            "{} answered, {} of unknown outcome, {} refused; {} leaders, {} maps compared",
+            book.answered,
+            book.unanswered,
+            book.refused,
+            self.oracles.leaders_seen,
+            self.oracles.maps_compared
+        );
+        drop(book);
+        self.tell(&counts);
+        (self.life.trace, self.life.messages) = self.network.trace();
+        for host in &mut self.hosts {
+            host.end(End::Kill);
+        }
+        self.life
+    }
+}
