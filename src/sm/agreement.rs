@@ -31,6 +31,8 @@ pub fn is_majority_of_one_mind<D: Ord>(
     let told = digests
         .iter()
         .filter(|(replica, _)| members.contains(replica));
+
+    // Counted against all members: those that have not answered may be of the other mind.
     let mut minds: BTreeMap<&D, usize> = BTreeMap::new();
     for (_, digest) in told {
         *minds.entry(digest).or_default() += 1;
@@ -52,6 +54,9 @@ pub fn judge<D: Ord>(
     if minds.len() <= 1 {
         return AgreementVerdict::Agree;
     }
+
+    // A majority of all members, not of those that answered: two that agree may be the two that
+    // erred.
     let majority = minds
         .values()
         .find(|of_one_mind| of_one_mind.len() * 2 > members.len());

@@ -201,6 +201,8 @@ impl RequestMemory {
         time_ms: u64,
     ) -> Result<Self, StoreError> {
         let mut clock = RequestClock::read(entry.get(CLOCK_KEY)?)?;
+
+        // Expired records of slots without writes are found by nobody: they are swept now and then.
         let due = time_ms >= clock.time_ms.saturating_add(SWEEP_EVERY_MS);
         clock.time_ms = clock.time_ms.max(time_ms);
         let mut memory = Self {
@@ -265,6 +267,7 @@ impl RequestMemory {
         brought: Option<RequestRecord>,
         source_ms: u64,
     ) -> Result<(), StoreError> {
+        // A later chunk may bring a newer record of the same request, or that it is gone.
         forget(entry, slot, key)?;
         let Some(mut record) = brought else {
             return Ok(());
@@ -272,6 +275,8 @@ impl RequestMemory {
         if record.expired(source_ms) {
             return Ok(());
         }
+
+        // Clocks of two groups can't be compared, ages can.
         record.time_ms = self
             .now_ms()
             .saturating_sub(source_ms.saturating_sub(record.time_ms));
@@ -288,6 +293,8 @@ impl RequestMemory {
         value_bytes: usize,
     ) -> Result<bool, StoreError> {
         let needed = cost(key, value_bytes);
+
+        // It would not fit into an empty slot either: nothing is deleted for it.
         if needed > REQUESTS_BYTES_MAX {
             return Ok(false);
         }
@@ -330,6 +337,8 @@ impl RequestMemory {
             "a request is remembered once"
         );
         let cost = cost(key, record.len());
+
+        // A lower bound of the oldest age is enough: by it a slot is passed over without a scan.
         let used = &mut entry.state_mut(slot)?.requests;
         used.since_ms = if used.bytes == 0 {
             time_ms
@@ -353,6 +362,8 @@ impl RequestMemory {
         bytes_max: u64,
     ) -> Result<usize, StoreError> {
         let used = entry.state(slot)?.requests;
+
+        // Even the oldest has not expired: most writes end here without a scan.
         if used.bytes == 0 || !expired(used.since_ms, self.now_ms()) {
             return Ok(0);
         }

@@ -64,6 +64,8 @@ impl Starts {
     pub fn followed_by(&self, id: StartId) -> Self {
         let mut next = self.clone();
         next.ids.push(id);
+
+        // The list goes along with each hello of a lane, so its length is bounded.
         if next.ids.len() > STARTS_MAX {
             next.ids.remove(0);
             next.first += 1;
@@ -93,6 +95,7 @@ impl Starts {
     /// Returns true if a directory with these starts has been through `known`, or may have: nothing
     /// can be said of a start before the oldest.
     pub fn may_include(&self, start: Start) -> bool {
+        // Older than what is remembered: that can't be held against the directory.
         let Some(place) = start.number.checked_sub(self.first) else {
             return true;
         };
@@ -108,6 +111,8 @@ impl TryFrom<StartsRecord> for Starts {
 
     fn try_from(record: StartsRecord) -> Result<Self, UnsoundStarts> {
         let StartsRecord { first, ids } = record;
+
+        // It comes from a file or a peer: numbers that could overflow are refused.
         let is_sound = first > 0
             && !ids.is_empty()
             && ids.len() <= STARTS_MAX

@@ -144,6 +144,7 @@ pub fn apply(
             },
         ),
         MetaCommand::InstallPlan { base, next } => install(view, base, *next).map(Some),
+        // Answered apart, because its outcome carries the id that was given out.
         MetaCommand::OpenMove { slots, from, to } => {
             let opened = open_move(view, SlotMove { slots, from, to });
             return Ok(match opened {
@@ -202,6 +203,9 @@ fn announce(
     now: NodeSpec,
 ) -> Result<Option<View>, MetaRejection> {
     let mut view = view.ok_or(MetaRejection::NotFounded)?;
+
+    // A leaving node does not count: one that lost its disk leaves, and its successor has its
+    // address.
     let address_holder = view
         .staying()
         .find(|(id, other)| *id != node && other.address == now.address)
@@ -210,6 +214,8 @@ fn announce(
         .nodes
         .get_mut(&node)
         .ok_or(MetaRejection::UnknownNode(node))?;
+
+    // Another directory has none of this node's replicas: calls to them must not be sent there.
     if current.directory != now.directory {
         return Err(MetaRejection::OtherDirectory {
             node,
@@ -222,6 +228,8 @@ fn announce(
             by,
         });
     }
+
+    // Said again, it changes nothing, and makes no new version that all would have to take.
     if *current == now {
         return Ok(None);
     }
@@ -251,9 +259,13 @@ fn check_successor(view: &View, next: &View) -> Result<(), PlanViolation> {
     let follows = next.cluster == view.cluster
         && next.epoch.0 == view.epoch.0 + 1
         && next.version.0 == view.version.0 + 1;
+
+    // The level is raised by its own command alone, after every node has been asked.
     if !follows || next.level != view.level {
         return Err(PlanViolation::Numbers);
     }
+
+    // An id that was given out may be in a log or a directory somewhere, so counters never go back.
     let grows = next.next_node >= view.next_node
         && next.next_group >= view.next_group
         && next.next_replica >= view.next_replica
@@ -266,6 +278,8 @@ fn check_successor(view: &View, next: &View) -> Result<(), PlanViolation> {
     if next.slots != view.slots || next.moves != view.moves {
         return Err(PlanViolation::Slots);
     }
+
+    // Nodes go by `prune` alone, when they have no replica left.
     for (id, node) in &view.nodes {
         if next.nodes.get(id) != Some(node) {
             return Err(PlanViolation::Node(*id));
@@ -292,6 +306,7 @@ fn check_successor(view: &View, next: &View) -> Result<(), PlanViolation> {
 
 /// Everything new has an id that was never given out.
 fn check_new_ids(view: &View, next: &View) -> Result<(), PlanViolation> {
+    // Below the counter and not in the view: it belonged to something that is gone.
     let old_node = |id: &NodeId| *id < view.next_node && !view.nodes.contains_key(id);
     if let Some(id) = next.nodes.keys().find(|id| old_node(id)) {
         return Err(PlanViolation::Node(*id));
@@ -340,6 +355,8 @@ fn raise_level(
     over: MapVersion,
 ) -> Result<Option<View>, MetaRejection> {
     let mut view = view.ok_or(MetaRejection::NotFounded)?;
+
+    // A node that has joined since was not asked, and may not be able to read this level.
     if view.version != over {
         return Err(MetaRejection::Outdated {
             version: view.version,
@@ -355,11 +372,15 @@ fn raise_level(
 
 fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), MetaRejection> {
     let mut view = view.ok_or(MetaRejection::NotFounded)?;
+
+    // One move per slot: with two, two destinations could come to serve it.
     let moving: BTreeSet<Slot> = view
         .moves
         .values()
         .flat_map(|open| open.slots.iter().copied())
         .collect();
+
+    // A plan may have changed the target since the driver looked.
     let is_due =
         |slot: Slot| view.slots.owner(slot) == open.from && view.targets.owner(slot) == open.to;
     if let Some(slot) = open
@@ -405,6 +426,8 @@ fn report(
     plan: PlanEpoch,
 ) -> Result<Option<View>, MetaRejection> {
     let mut view = view.ok_or(MetaRejection::NotFounded)?;
+
+    // What an earlier look did not find may have joined since: to retire it would wipe a member.
     if view.epoch != plan {
         return Err(MetaRejection::Outdated {
             version: view.version,
@@ -414,6 +437,9 @@ fn report(
         .groups
         .get_mut(&group)
         .ok_or(MetaRejection::UnknownGroup(group))?;
+
+    // Reports may overtake each other, and one from before a change would undo what a later one
+    // told.
     if known
         .reported
         .as_ref()
@@ -430,6 +456,9 @@ fn report(
     if !retires && known.reported.as_ref() == Some(&reported) {
         return Ok(None);
     }
+
+    // Retired for good, so that their nodes may wipe them: the group has committed that they are
+    // gone.
     known
         .leaving
         .retain(|replica, _| reported.is_member(*replica));

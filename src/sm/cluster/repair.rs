@@ -36,9 +36,12 @@ pub fn out_of_reach(
     replace_after_ms: u64,
 ) -> BTreeSet<NodeId> {
     let is_out = |id: &NodeId| match seen.get(id) {
+        // Out already: whoever decides now may have begun to count anew, and must not take it back
+        // for that.
         Some(NodePresence::Away { for_ms }) => {
             *for_ms >= replace_after_ms || view.evicted.contains(id)
         }
+        // A directory that the view knows belongs to a node that has moved: nothing is lost.
         Some(NodePresence::Lost { to }) => is_fresh(view, *to),
         Some(NodePresence::Here { .. }) => false,
         None => view.evicted.contains(id),
@@ -54,10 +57,14 @@ pub fn next_plan(
     seen: &BTreeMap<NodeId, NodePresence>,
     replace_after_ms: u64,
 ) -> Option<Planned> {
+    // With most of them away it is rather this node that is cut off.
     if are_most_away(view, seen) {
         return None;
     }
     let mut out = out_of_reach(view, seen, replace_after_ms);
+
+    // Back for as long as it takes to be given up: a node that comes and goes would move data each
+    // time.
     let is_back = |id: &NodeId| {
         matches!(
             seen.get(id),
@@ -69,6 +76,8 @@ pub fn next_plan(
         .staying()
         .map(|(id, node)| successor(view, node, seen.get(&id)))
         .collect();
+
+    // Without enough nodes for what is asked there is no plan: that is left to people.
     let planned = plan(view, view.placement, &wanted, &out).ok()?;
     (!planned.is_same).then_some(planned)
 }
@@ -109,6 +118,8 @@ pub fn replace_failed(
         // Another step of this group is under way: it ends first.
         has_failed && is_reachable(seen, node) && group.leaving.is_empty() && !group.draining
     };
+
+    // One replica at a time in each group, so that the rest stays a majority through the change.
     let mut next = view.clone();
     let mut replaced = Vec::new();
     for (id, group) in &view.groups {
@@ -137,6 +148,7 @@ pub fn replace_failed(
 }
 
 fn replace(group: &mut GroupSpec, failed: ReplicaId, new: ReplicaId, node: NodeId) {
+    // The new one is of the same kind: which replicas have a map must not change by a replacement.
     if group.is_witness(failed) {
         group.witness = Some(WitnessSpec { replica: new, node });
     } else {
@@ -156,6 +168,8 @@ fn has_able_majority(
     seen: &BTreeMap<NodeId, NodePresence>,
     failing: &BTreeMap<(GroupId, ReplicaId), Failing>,
 ) -> bool {
+    // What the group has committed counts, not what is planned: only its voters can agree to the
+    // change.
     let voters = match &group.reported {
         Some(reported) => reported.voters.clone(),
         None => group.creation.keys().copied().collect(),

@@ -199,6 +199,7 @@ impl GroupSpec {
         replicas: BTreeMap<ReplicaId, NodeId>,
         voters: &BTreeSet<ReplicaId>,
     ) -> Self {
+        // A group is initialized from this record alone; replicas without a vote join later.
         let creation = replicas
             .iter()
             .filter(|(id, _)| voters.contains(id))
@@ -288,6 +289,7 @@ impl GroupSpec {
     /// Returns true if the group is known to have the members that it should have.
     pub fn is_settled(&self) -> bool {
         let members_match = match &self.reported {
+            // Nothing reported yet: the group has the members that it was created with.
             None => {
                 self.replicas.len() == self.creation.len()
                     && self.learners.is_empty()
@@ -396,6 +398,8 @@ impl View {
     /// retired, else the one that it should come to have, be it a witness.
     pub fn runs_on(&self, group: GroupId, node: NodeId) -> Option<ReplicaId> {
         let group = self.groups.get(&group)?;
+
+        // A node runs one replica of a group at a time: the old one goes before the new one comes.
         let leaving = group
             .leaving
             .iter()
@@ -417,6 +421,8 @@ impl View {
             .filter(|(_, node)| node.address == *address)
             .map(|(id, _)| *id)
             .collect::<Vec<_>>();
+
+        // A node that lost its disk leaves, and the one that follows it has the same address.
         called.sort_by_key(|id| self.leaving.contains(id));
         called.first().copied()
     }
@@ -538,6 +544,7 @@ impl View {
             let owned = held
                 .slots
                 .iter()
+                // Two moves of one slot could give it two owners.
                 .all(|slot| self.slots.owner(*slot) == held.from && moving.insert(*slot));
             if !sound || !owned {
                 return Err(Inconsistency::UnsoundMove(*id));
@@ -583,6 +590,8 @@ impl View {
                 });
             }
         }
+
+        // Every node has a replica of the meta group, so no node is left for a witness.
         if id.is_meta() && group.witness.is_some() {
             return Err(Inconsistency::WitnessOfMetaGroup);
         }
@@ -591,6 +600,8 @@ impl View {
                 return Err(Inconsistency::NodeTwiceInGroup { group: id, node });
             }
         }
+
+        // A group without voters could never commit anything, not even a change of its members.
         if group.voters().is_empty()
             || !group
                 .learners
@@ -611,6 +622,8 @@ impl View {
         if group.creation.is_empty() {
             return Err(Inconsistency::GroupWithoutVoters(id));
         }
+
+        // Only a replica can lead, so such a home would never be reached.
         if !group.replicas.values().any(|node| *node == group.home) {
             return Err(Inconsistency::HomeWithoutReplica {
                 group: id,

@@ -62,6 +62,8 @@ pub fn apply_for(
 ) -> Result<(KvOutcome, WriteBatch), StoreError> {
     let mut entry = EntryTransaction::new(read);
     let outcome = match command {
+        // Entries of level 0 were always done, whatever their gets return: other programs still do
+        // so.
         KvCommand::Write { time_ms, writes } => apply_writes(
             &mut entry,
             AnswerBudget::lenient(audience),
@@ -81,6 +83,8 @@ pub fn apply_for(
             KvOutcome::Moved(destination::install(&mut entry, time_ms, install)?)
         }
     };
+
+    // The index is needed only here: it orders the marks of changes that a move copies.
     Ok((outcome, entry.into_batch(index)?))
 }
 
@@ -290,6 +294,7 @@ pub fn answer_gets(
     let fresh = fresh_of(&parts, &placed);
     let mut decided = match look_up(&mut entry, &fresh)? {
         Ok(draft) => Ok(draft),
+        // Without a key nothing is remembered, so the first failed condition is the whole answer.
         Err((position, current)) if parts.is_empty() => {
             let rejection = WriteRejection::ConditionFailed {
                 operation: position,
@@ -299,6 +304,9 @@ pub fn answer_gets(
         }
         Err(failed) => Err(failed),
     };
+
+    // Charged before a value is read: with the remembered answers it may be more than there is room
+    // for.
     let remembered: usize = parts.values().filter_map(SlotPart::stored_bytes).sum();
     if !charge(remembered + decided.as_ref().map_or(0, |draft| draft.gets.bytes())) {
         return Ok(None);
@@ -314,6 +322,7 @@ pub fn answer_gets(
                 WriteRejection::ConditionFailed { operation, current },
             )));
         }
+        // With a key, slots that were answered before are joined with those that are read now.
         (Some(key), decided) => {
             for (slot, answer) in fresh_answers(&parts, &fresh, &decided) {
                 if let Some(part) = parts.get_mut(&slot) {
@@ -350,6 +359,8 @@ pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreEr
         // It will be rejected.
         Err(_) => return Ok(GetsWeight::default()),
     };
+
+    // Only lengths are looked at: the caller charges the values before they are read.
     let mut weight = GetsWeight::default();
     let mut slot_weights = BTreeMap::<Slot, usize>::new();
     // A get finds what an operation before it has written.
@@ -503,6 +514,8 @@ fn apply_once<R: Read>(
         }
     }
 
+    // Remembered answers are charged too: read again, they take as much memory as when they were
+    // new.
     let stored: usize = parts.values().filter_map(SlotPart::stored_bytes).sum();
     fits &= room.take(stored);
     if !room.is_wanted() || !fits {
@@ -539,10 +552,15 @@ fn recall<R: Read>(
     for item in placed {
         positions.entry(item.slot).or_default().push(item.position);
     }
+
+    // The fingerprint is of one slot's operations: after a move, another set of slots may come
+    // together.
     let mut parts = BTreeMap::new();
     for (slot, positions) in positions {
         let fingerprint = fingerprint(positions.iter().map(|position| placed[*position].operation));
         let found = memory.find(entry, slot, key)?;
+
+        // Another request under this key: its answer would be wrong for this one.
         if found.is_some_and(|found| found.fingerprint != fingerprint) {
             return Ok(Err(WriteRejection::KeyReused { slot }));
         }
@@ -591,6 +609,8 @@ fn fresh_answers(
                 }
             }
         }
+        // The failed condition rejects the whole write. Each slot remembers it, so that no retry
+        // does a part.
         Err((operation, current)) => {
             let failed = parts.iter().find_map(|(slot, part)| {
                 Some((*slot, part.positions.binary_search(operation).ok()?))

@@ -173,6 +173,8 @@ impl<'a, R: Read> EntryTransaction<'a, R> {
         for slot in slots {
             copied.extend(self.state(slot)?.marked_for().map(|id| (slot, id)));
         }
+
+        // The common case: no move copies any of these slots.
         if copied.is_empty() {
             return Ok(());
         }

@@ -81,6 +81,8 @@ const FIND_BYTES: usize = 4 << 10;
 pub fn find(read: &impl Read, key: &[u8]) -> Result<FindOutcome, StoreError> {
     let slot = slot_of(key);
     let state = SlotState::read(read, slot)?;
+
+    // In the same look as the data: between two looks the slot could have changed hands.
     if !state.serves_reads() {
         return Ok(FindOutcome::NotOwned {
             slot,
@@ -224,6 +226,8 @@ impl<'a> PageScan<'a> {
             last: None,
             step: self.steps,
         };
+
+        // Thousands of slots take thousands of seeks: a pause may come between any two.
         while let Some((slot, state)) = owned.get(self.entered) {
             self.entered += 1;
             if state.contents.keys == 0 {
@@ -242,6 +246,9 @@ impl<'a> PageScan<'a> {
             let Some(head) = merge.heads.peek() else {
                 break;
             };
+
+            // A first item is taken whatever its size: else a large value would end every listing
+            // before it.
             let bytes = merge.bytes_of(head);
             if (bytes > self.bytes_left && !self.items.is_empty()) || !charge(bytes) {
                 break;
@@ -259,6 +266,9 @@ impl<'a> PageScan<'a> {
     /// been elsewhere in between.
     pub fn still_owns(&self, read: &impl Read) -> Result<bool, StoreError> {
         let now: BTreeMap<Slot, SlotState> = owned_states(read)?.into_iter().collect();
+
+        // A slot that went away and came back has a later generation: writes in between were
+        // missed.
         let is_as_before = |(slot, before): &(Slot, SlotState)| {
             now.get(slot)
                 .is_some_and(|state| state.generation == before.generation)
@@ -312,6 +322,7 @@ impl<'a, R: Read> SlotMerge<'a, '_, R> {
     /// it was found. Returns false when there is none.
     fn refresh(&mut self) -> Result<bool, StoreError> {
         while let Some(head) = self.heads.peek().filter(|head| head.step != self.step) {
+            // Found in an earlier step: since then the map was not held still.
             let (slot, user_key) = (head.slot, head.user_key.clone());
             let stored = self
                 .read
@@ -356,6 +367,8 @@ impl<'a, R: Read> SlotMerge<'a, '_, R> {
         else {
             return Ok(None);
         };
+
+        // As long as keys come from one slot, its iterator goes on, and costs no new seek.
         let mut rest = match self.last.take() {
             Some((last, rest)) if last == slot => rest,
             Some(_) | None => self.scan(&rest_of(slot, &self.request.range, &user_key, direction)),
@@ -431,6 +444,8 @@ fn record(
             record
         });
     }
+
+    // A listing of keys needs the start alone: the value may be large, and is not read.
     if keys_only && let Some(head) = decode_head(&stored.start)? {
         return Ok(head);
     }

@@ -260,11 +260,11 @@ pub(in crate::sm) fn complete<R: Read>(
             .into());
         }
     }
+
+    // Revisions go on where the source stopped, so that none is ever used twice.
     for (slot, source) in contents {
         entry.state_mut(*slot)?.contents.revision = source.revision;
     }
-
-    // Revisions go on where the source stopped, so that none is ever used twice.
     progress.complete = true;
     let phase = MovePhase::Installing {
         from,
@@ -286,6 +286,7 @@ pub(in crate::sm) fn activate<R: Read>(
     slots: &BTreeSet<Slot>,
 ) -> DestinationDecision {
     let Some(open) = entry.open_move(id)? else {
+        // An earlier try of this step was applied and its answer was lost: the driver may go on.
         let active = every(entry, slots, |state| {
             state.generation == id && state.ownership == Ownership::Owned
         })?;
@@ -298,6 +299,7 @@ pub(in crate::sm) fn activate<R: Read>(
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
         MovePhase::Copying { .. } | MovePhase::Frozen { .. } => Ok(unfit(NOT_THE_DESTINATION)),
+        // Before it is compared with the source, what is missing here would be lost.
         MovePhase::Installing { progress, .. } if !progress.complete => {
             Ok(MoveRejection::Incomplete.into())
         }
@@ -307,6 +309,8 @@ pub(in crate::sm) fn activate<R: Read>(
             })?);
             change_all(entry, slots, |state| {
                 state.ownership = Ownership::Owned;
+
+                // A slot that comes back must not send readers to where it once went.
                 state.moved_to = None;
             })?;
             entry.close_move(id);
@@ -322,6 +326,7 @@ pub(in crate::sm) fn cancel<R: Read>(
     slots: &BTreeSet<Slot>,
 ) -> DestinationDecision {
     let Some(open) = entry.open_move(id)? else {
+        // A slot that is served here was activated: then it is too late to give the install up.
         for slot in slots {
             let state = entry.state(*slot)?;
             if state.generation == id && state.serves_reads() {
@@ -345,6 +350,7 @@ pub(super) fn give_up<R: Read>(
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Result<(), StoreError> {
+    // The generation stays, so that no late chunk or step of this move is taken any more.
     change_all(entry, slots, |state| state.ownership = Ownership::NotOwned)?;
     entry.close_move(id);
     Ok(())

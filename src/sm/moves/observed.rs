@@ -84,6 +84,8 @@ pub fn source_state(
             MovePhase::Installing { .. } => SourceState::NotReady,
         });
     }
+
+    // A later move may have taken some of the slots: the furthest of them tells where the move is.
     let mut furthest = SourceState::Ready;
     for slot in slots {
         let state = SlotState::read(read, *slot)?;
@@ -91,6 +93,7 @@ pub fn source_state(
             std::cmp::Ordering::Greater => SourceState::Overtaken,
             std::cmp::Ordering::Less if state.ownership == Ownership::Owned => SourceState::Ready,
             std::cmp::Ordering::Less => SourceState::NotReady,
+            // The move is closed here, and only a release leaves `moved_to` with its id.
             std::cmp::Ordering::Equal if is_released(&state, id) => SourceState::Released,
             std::cmp::Ordering::Equal => SourceState::Aborted,
         };
@@ -112,6 +115,8 @@ pub fn destination_state(
     {
         return Ok(DestinationState::Installing(progress));
     }
+
+    // Steps take all slots in one entry: the first slot of this move's generation speaks for all.
     let mut leftovers = false;
     for slot in slots {
         let state = SlotState::read(read, *slot)?;
@@ -120,6 +125,8 @@ pub fn destination_state(
             std::cmp::Ordering::Equal if state.serves_reads() => {
                 return Ok(DestinationState::Active);
             }
+
+            // Closed and not served: only a cancellation leaves a slot so.
             std::cmp::Ordering::Equal => return Ok(DestinationState::Cancelled),
             std::cmp::Ordering::Less if state.serves_reads() => {
                 return Ok(DestinationState::StillOwned);
@@ -167,6 +174,8 @@ pub fn leftovers(read: &impl Read) -> Result<Option<(MoveId, BTreeSet<Slot>)>, S
     if let Some(id) = ended_with_marks(read)? {
         return Ok(Some((id, BTreeSet::new())));
     }
+
+    // One clear step names one move, so only slots that the same move has left go together.
     let mut states = SlotState::read_all(read)?;
     states.retain(|(_, state)| {
         state.ownership == Ownership::NotOwned
@@ -197,6 +206,8 @@ fn ended_with_marks(read: &impl Read) -> Result<Option<MoveId>, StoreError> {
             return Ok(None);
         };
         let (id, _) = parse_change_key(&mark).ok_or_else(|| misplaced(&mark))?;
+
+        // An open move still needs its marks: all of them are passed over with one seek.
         if OpenMove::read(read, id)?.is_none() {
             return Ok(Some(id));
         }

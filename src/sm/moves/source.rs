@@ -22,6 +22,7 @@ pub(in crate::sm) fn begin<R: Read>(
     to: GroupId,
 ) -> SourceDecision {
     if let Some(open) = entry.open_move(id)? {
+        // The driver may send the step again, and so may the driver after it.
         let same = match open.phase {
             MovePhase::Copying { to: begun } | MovePhase::Frozen { to: begun } => begun == to,
             MovePhase::Installing { .. } => false,
@@ -78,6 +79,7 @@ pub(in crate::sm) fn freeze<R: Read>(
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
         MovePhase::Installing { .. } => Ok(unfit(NOT_THE_SOURCE)),
+        // Sent again: the answer to the first try was lost.
         MovePhase::Frozen { .. } => Ok(MoveOutcome::Done),
         MovePhase::Copying { to } => {
             debug_assert!(every(entry, slots, |state| {
@@ -102,6 +104,7 @@ pub(in crate::sm) fn release<R: Read>(
     slots: &BTreeSet<Slot>,
 ) -> SourceDecision {
     let Some(open) = entry.open_move(id)? else {
+        // An earlier try of this step was applied and its answer was lost: the driver may go on.
         let released = every(entry, slots, |state| is_released(state, id))?;
         return if released {
             Ok(MoveOutcome::Done)
@@ -112,6 +115,7 @@ pub(in crate::sm) fn release<R: Read>(
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
         MovePhase::Installing { .. } => Ok(unfit(NOT_THE_SOURCE)),
+        // While writes still come, what comes after the last chunk would be lost.
         MovePhase::Copying { .. } => Ok(MoveRejection::NotFrozen.into()),
         MovePhase::Frozen { to } => {
             // From here on the destination alone may serve the slots: no write may still come.
@@ -145,6 +149,9 @@ pub(in crate::sm) fn abort<R: Read>(
             }
         };
     }
+
+    // Not open: it never began, was aborted before, or was released. After a release there is no
+    // way back.
     for slot in slots {
         let state = entry.state(*slot)?;
         if is_released(&state, id) {
@@ -196,6 +203,7 @@ pub(super) fn not_open<R: Read>(
     slots: &BTreeSet<Slot>,
 ) -> SourceDecision {
     for slot in slots {
+        // Told apart, because a driver that was overtaken has nothing left to do.
         let generation = entry.state(*slot)?.generation;
         if generation > id {
             return Ok(MoveRejection::Overtaken {

@@ -105,6 +105,7 @@ pub fn next_step(
     destination: Option<&DestinationState>,
     budget: MoveLimits,
 ) -> MoveStep {
+    // A frozen source is not given up here: if the install is complete, going on is as fast.
     let step = match source {
         SourceState::Ready | SourceState::NotReady | SourceState::Copying(_) if budget.give_up => {
             MoveStep::Abort(AbortReason::GivenUp)
@@ -177,12 +178,15 @@ fn while_copying(
     budget: MoveLimits,
 ) -> MoveStep {
     match (destination, left) {
+        // Only a frozen source is compared and completed: so the source's map is behind.
         (Some(DestinationState::Installing(progress)), _) if progress.complete => {
             MoveStep::Wait(MoveWait::Behind)
         }
+        // A freeze with pairs left would hold back writes for as long as they take to copy.
         (Some(DestinationState::Installing(progress)), Remaining::Pairs) => {
             MoveStep::Copy(progress.clone())
         }
+        // Few changes are left: the freeze that writes wait for will be short.
         (Some(DestinationState::Installing(_)), Remaining::Changes { bytes })
             if bytes <= budget.freeze_bytes_max
                 || budget.freeze_now && bytes < CHANGES_BYTES_MAX =>
@@ -204,9 +208,11 @@ fn while_frozen(
     match (destination, left) {
         // Going on ends the freeze as soon as going back.
         (Some(DestinationState::Installing(progress)), _) if progress.complete => MoveStep::Release,
+        // It serves the slots, so they were released: the source's map is behind.
         (Some(DestinationState::Active), _) => MoveStep::Wait(MoveWait::Behind),
         _ if budget.give_up => MoveStep::Abort(AbortReason::GivenUp),
         _ if budget.freeze_overdue => MoveStep::Abort(AbortReason::FrozenTooLong),
+        // Nothing is left to copy and nothing is written: now both sides must count the same.
         (Some(DestinationState::Installing(progress)), Remaining::Changes { bytes: 0 }) => {
             MoveStep::Complete {
                 chunk: progress.chunk,
@@ -219,6 +225,8 @@ fn while_frozen(
 
 fn after_release(destination: Option<&DestinationState>) -> MoveStep {
     match destination {
+        // After the release there is no way back: the destination is waited for as long as it
+        // takes.
         None => MoveStep::Wait(MoveWait::Destination),
         Some(DestinationState::Installing(progress)) if progress.complete => MoveStep::Activate,
         Some(DestinationState::Active) => MoveStep::Commit,
@@ -237,6 +245,8 @@ fn after_release(destination: Option<&DestinationState>) -> MoveStep {
 /// what this one left.
 fn after_abort(destination: Option<&DestinationState>) -> MoveStep {
     match destination {
+        // Without it the destination would hold its slots as arriving until a later move clears
+        // them.
         Some(DestinationState::Installing(_)) => MoveStep::Cancel,
         Some(DestinationState::Overtaken) => MoveStep::Over,
         None

@@ -82,6 +82,8 @@ impl<'a> TakenBins<'a> {
             by_item,
             loads,
         };
+
+        // All give up first, so that those that take see how full the bins will be.
         for (index, item) in items.iter().enumerate() {
             let mut count = taken.by_item[index]
                 .iter()
@@ -139,6 +141,8 @@ impl<'a> TakenBins<'a> {
             let (Some(from), Some(to)) = (fullest, emptiest) else {
                 return;
             };
+
+            // Even to ±1: no further step makes it more even.
             if self.loads[from] - self.loads[to] <= 1 {
                 return;
             }
@@ -164,6 +168,8 @@ impl<'a> TakenBins<'a> {
                 .collect()
         };
         let mut edges: Vec<Vec<Edge>> = (0..bins).map(row).collect();
+
+        // Of all items that could be handed on this way, the cheapest makes the edge.
         for (item, taken) in self.by_item.iter().enumerate() {
             for from in (0..bins).filter(|bin| taken[*bin]) {
                 for (to, edge) in edges[from].iter_mut().enumerate() {
@@ -184,6 +190,8 @@ impl<'a> TakenBins<'a> {
     fn gaining_cycle(&self) -> Option<Vec<(usize, usize, FlowStep)>> {
         let bins = self.loads.len();
         let edges = self.edges();
+
+        // Every bin begins at 0, as if all were reached from outside: so a cycle anywhere is found.
         let mut reached = vec![0_i64; bins];
         let mut before: Vec<Option<(usize, FlowStep)>> = vec![None; bins];
         loop {

@@ -20,6 +20,7 @@ pub fn first_view(
     spec: PlacementSpec,
     mut nodes: Vec<NodeSpec>,
 ) -> Result<View, PlacementError> {
+    // In order, so that ids depend on the set of nodes and not on how somebody wrote it.
     nodes.sort_by(|a, b| a.address.cmp(&b.address));
     check_nodes(&nodes)?;
     let sizes = Sizes::for_nodes(nodes.len(), spec)?;
@@ -34,6 +35,7 @@ pub fn first_view(
     };
     let slots = even_slots(shards.len());
 
+    // The meta group is group 0, so it comes before the shards.
     let mut next_replica = ReplicaId(1);
     let mut groups = BTreeMap::new();
     for (id, members) in (0..).map(GroupId).zip(std::iter::once(meta).chain(shards)) {
@@ -67,6 +69,8 @@ pub fn first_view(
         next_replica,
         next_move,
     };
+
+    // A witness goes where its group has no replica, so replicas are placed before it.
     let (shards, working) = (
         view.shards().map(|(id, _)| id).collect(),
         view.nodes.keys().copied().collect(),

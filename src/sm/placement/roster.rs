@@ -16,6 +16,8 @@ use crate::types::NodeId;
 /// the order of their addresses.
 pub fn add_nodes(next: &mut View, wanted: &[NodeSpec]) -> Result<BTreeSet<NodeId>, PlacementError> {
     check_nodes(wanted)?;
+
+    // By its directory: an address may have changed, or be another node's by now.
     let known_id = |node: &NodeSpec| {
         next.nodes
             .iter()
@@ -27,18 +29,24 @@ pub fn add_nodes(next: &mut View, wanted: &[NodeSpec]) -> Result<BTreeSet<NodeId
         .iter()
         .filter(|node| known_id(node).is_none())
         .collect();
+
+    // The order in which nodes were named must not decide about their ids.
     newcomers.sort_by(|a, b| a.address.cmp(&b.address));
     for node in newcomers {
         staying.insert(next.next_node);
         next.nodes.insert(next.next_node, node.clone());
         next.next_node.0 += 1;
     }
+
+    // Those that are not wanted stay in the view until their last replica is retired.
     next.leaving = next
         .nodes
         .keys()
         .filter(|id| !staying.contains(id))
         .copied()
         .collect();
+
+    // A known node is called as the view calls it, which may be what a newcomer is called too.
     let mut addresses = BTreeSet::new();
     if let Some((_, node)) = next
         .staying()
@@ -66,6 +74,8 @@ pub fn working_nodes(next: &View, out: &BTreeSet<NodeId>, needed: usize) -> BTre
         .staying()
         .map(|(id, _)| id)
         .partition(|id| out.contains(id));
+
+    // A node that has many replicas already has the fewest to be made anew when it comes back.
     let mut working: BTreeSet<NodeId> = here.into_iter().collect();
     let mut resting: Vec<(Reverse<usize>, NodeId)> = resting
         .into_iter()

@@ -57,6 +57,8 @@ pub fn choose_shards(
         .collect();
     present.sort();
     let mut chosen: BTreeSet<GroupId> = present.iter().take(count).map(|(.., id)| *id).collect();
+
+    // It goes only with its last slot, which has to move away first.
     for (.., id) in present.iter().skip(count) {
         if let Some(group) = next.groups.get_mut(id) {
             group.draining = true;
@@ -79,6 +81,8 @@ pub fn assign_replicas(
 ) {
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let ids: Vec<GroupId> = shards.iter().copied().collect();
+
+    // What is there already is cheapest, so that a plan makes the fewest changes.
     let standing: Vec<BTreeMap<NodeId, i64>> = ids
         .iter()
         .map(|id| next.groups.get(id).map(placement_costs).unwrap_or_default())
@@ -87,6 +91,9 @@ pub fn assign_replicas(
         Some(standing[shard].get(&nodes[node]).copied().unwrap_or(CHANGE))
     };
     let mut members: BTreeMap<GroupId, BTreeSet<NodeId>> = BTreeMap::new();
+
+    // One call deals out all shards at once: dealt one by one, the nodes could not be filled
+    // evenly.
     match next.placement.layout {
         Layout::Spread => {
             let costs = |shard| (0..nodes.len()).map(|node| cost(shard, node)).collect();
@@ -137,6 +144,8 @@ fn placement_costs(group: &GroupSpec) -> BTreeMap<NodeId, i64> {
         .leaving
         .iter()
         .map(|(replica, node)| (*node, cost(replica)));
+
+    // Of a node that is named twice the later entry counts: a replica that stays is the cheapest.
     let leaving = leaving.chain(group.witness.map(|witness| (witness.node, AWKWARD)));
     leaving
         .chain(group.replicas.values().map(|node| (*node, stay(node))))
@@ -147,6 +156,7 @@ fn placement_costs(group: &GroupSpec) -> BTreeMap<NodeId, i64> {
 /// those that did, the home's first.
 fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
     let Some(group) = next.groups.get_mut(&id) else {
+        // A new group: what it begins with is its creation record, which never changes.
         let replicas: BTreeMap<ReplicaId, NodeId> = (next.next_replica.0..)
             .map(ReplicaId)
             .zip(nodes.iter().copied())
@@ -159,6 +169,8 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
         return;
     };
     let voted = group.voters();
+
+    // Those that go may still vote: they are on their way out until a report retires them.
     let (kept, leaving) = std::mem::take(&mut group.replicas)
         .into_iter()
         .partition(|(_, node)| nodes.contains(node));
@@ -169,6 +181,8 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
     for node in nodes.difference(&hosts) {
         group.add_replica_on(*node, &mut next.next_replica);
     }
+
+    // Who votes already goes on voting: each exchange of a voter is a change of membership.
     let mut ranked: Vec<ReplicaId> = group.replicas.keys().copied().collect();
     ranked.sort_by_key(|replica| {
         let votes = voted.contains(replica);
@@ -205,6 +219,8 @@ pub fn settle_homes(
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let costs = |id: &GroupId| {
         let (now, was) = (next.groups.get(id), before.groups.get(id));
+
+        // Only a voter can lead, so only its node can be a home.
         let voters = now.iter().flat_map(|group| {
             group
                 .replicas
@@ -213,6 +229,7 @@ pub fn settle_homes(
         });
         let cost = |replica: &ReplicaId, node: &NodeId| match was {
             Some(was) if was.home == *node => STAY,
+            // A replica that is new has to be filled before it can lead.
             Some(was) if !was.replicas.contains_key(replica) => AWKWARD,
             Some(_) | None => CHANGE,
         };
@@ -253,6 +270,8 @@ pub fn replace_dead_replicas(next: &mut View, dead: &BTreeSet<NodeId>, working: 
             .map(|(replica, node)| (*replica, *node))
             .collect();
         for (replica, node) in lost {
+            // One on its way out is in the way as well: a node runs one replica of a group at a
+            // time.
             let hosts: BTreeSet<NodeId> = group.hosted().map(|(_, node)| node).collect();
             let free = loads
                 .iter_mut()
@@ -260,6 +279,8 @@ pub fn replace_dead_replicas(next: &mut View, dead: &BTreeSet<NodeId>, working: 
                 .min_by_key(|(node, load)| (**load, **node));
             let Some((by, load)) = free else { break };
             *load += 1;
+
+            // Under a new id: what the dead node has under the old one may come back.
             group.replicas.remove(&replica);
             group.leaving.insert(replica, node);
             group.replicas.insert(next.next_replica, *by);
@@ -268,6 +289,8 @@ pub fn replace_dead_replicas(next: &mut View, dead: &BTreeSet<NodeId>, working: 
             }
             next.next_replica.0 += 1;
         }
+
+        // The home may have been a dead node.
         move_home(group);
     }
 }

@@ -26,6 +26,8 @@ pub fn assign_witnesses(next: &mut View, shards: &BTreeSet<GroupId>, working: &B
             items.push(BinTaker { takes: 1, costs });
         }
     }
+
+    // Shards that need none are listed too: their old witness has to go.
     let mut places: Vec<(GroupId, Option<NodeId>)> = shards
         .iter()
         .filter(|id| !ids.contains(id))
@@ -64,6 +66,8 @@ fn set_witness(next: &mut View, id: GroupId, node: Option<NodeId>) {
     if group.witness.map(|witness| witness.node) == node {
         return;
     }
+
+    // A witness keeps its node for life: on another node it is a new replica, under a new id.
     retire_witness(group);
     if let Some(node) = node {
         group.witness = Some(WitnessSpec {

@@ -79,6 +79,9 @@ fn decide(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep {
     if let Some(voters) = next_voters(group, now) {
         return exchange(voters, now);
     }
+
+    // A voter that goes becomes a learner first, so learners are removed after voters are
+    // exchanged.
     let surplus: Replicas = now.learners.difference(&wanted).copied().collect();
     if !surplus.is_empty() {
         return MembershipStep::RemoveLearners(surplus);
@@ -88,9 +91,14 @@ fn decide(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep {
         voters: now.voters.clone(),
         learners: now.learners.clone(),
     };
+
+    // Only a report retires replicas, so it comes last: by now those that go are no members any
+    // more.
     if is_new_report(group, &committed) {
         return MembershipStep::Report(committed);
     }
+
+    // A draining group is never settled: it is only to have its members, until its slots are gone.
     if group.is_settled() || group.draining && missing().next().is_none() {
         MembershipStep::Nothing
     } else {
@@ -128,6 +136,8 @@ fn exchange(voters: Replicas, now: &ObservedMembership) -> MembershipStep {
     if voters.contains(&now.me) {
         return MembershipStep::SetVoters(voters);
     }
+
+    // The next leader must be able to serve at once, and a witness proposes nothing.
     let able = |replica: &&ReplicaId| {
         now.caught_up.contains(replica)
             && now.alive.contains(replica)
@@ -135,6 +145,7 @@ fn exchange(voters: Replicas, now: &ObservedMembership) -> MembershipStep {
     };
     match voters.intersection(&now.voters).find(able) {
         Some(successor) => MembershipStep::HandOver(*successor),
+        // Nobody can take the lead yet: the others are exchanged first, and this leader stays.
         None => MembershipStep::SetVoters(with_me(voters, now)),
     }
 }
@@ -168,6 +179,8 @@ fn makes_way(
 ) -> Option<ReplicaId> {
     let all_vote = blocked.values().all(|replica| now.voters.contains(replica));
     let mut in_the_way: Vec<ReplicaId> = blocked.values().copied().collect();
+
+    // The leader goes last, because it has to hand over the lead before.
     in_the_way.sort_by_key(|replica| (*replica == now.me, *replica));
     in_the_way.first().copied().filter(|_| all_vote)
 }
@@ -179,8 +192,12 @@ fn is_ready(replica: ReplicaId, group: &GroupSpec, now: &ObservedMembership) -> 
         has_map(&replica),
         group.witness.is_some() || now.voters.iter().any(|voter| !has_map(voter)),
     ) {
+        // Without a witness any majority has a replica that can bring this one up to date.
         (true, false) => true,
+        // A witness that leads sends only what its log holds, which may begin at what is committed
+        // now.
         (true, true) => now.complete.contains(&replica),
+        // Its log begins at what is committed: each voter with a map must reach as far as that.
         (false, _) => now
             .voters
             .iter()
@@ -209,12 +226,17 @@ fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> 
         let some_come = behind
             .iter()
             .any(|replica| now.alive.contains(replica) && !blocked.contains_key(replica));
+
+        // Nobody is missing, so nothing presses: newcomers and outgoing ones are exchanged in one
+        // step.
         if is_whole && some_come {
             return None;
         }
         // Those that are still to go stand in for those that are not there yet, the live ones
         // first.
         let outgoing = makes_way(&blocked, now).filter(|_| !some_come);
+
+        // Two witnesses among the voters could form a majority in which only one replica has a map.
         let has_witness = next.iter().any(|replica| group.is_witness(*replica));
         let may = |replica: &ReplicaId| {
             Some(*replica) != outgoing && !(has_witness && now.witnesses.contains(replica))
@@ -234,6 +256,8 @@ fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> 
             return None;
         }
     }
+
+    // A set without a majority that is up could not commit even the change to it.
     let up = next
         .iter()
         .filter(|replica| now.alive.contains(replica) && now.caught_up.contains(replica))
@@ -247,6 +271,9 @@ fn is_new_report(group: &GroupSpec, here: &ReportedMembership) -> bool {
         Some(reported) => reported.voters == here.voters && reported.learners == here.learners,
         None => here.learners.is_empty() && here.voters.iter().eq(group.creation.keys()),
     };
+
+    // A replica that is on its way out and no member is retired by a report, though nothing else is
+    // new.
     !known
         || group
             .leaving

@@ -40,6 +40,8 @@ fn is_zero(level: &u16) -> bool {
 impl From<View> for ViewRecord {
     fn from(view: View) -> Self {
         Self {
+            // Kept beside the groups: a view without a witness is then written as in the first
+            // format.
             witnesses: view
                 .groups
                 .iter()
@@ -68,6 +70,8 @@ impl From<View> for ViewRecord {
 impl From<ViewRecord> for View {
     fn from(record: ViewRecord) -> Self {
         let mut groups = record.groups;
+
+        // A witness without its group has nothing to belong to, and is passed over.
         for (id, witness) in record.witnesses {
             if let Some(group) = groups.get_mut(&id) {
                 group.witness = Some(witness);
