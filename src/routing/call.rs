@@ -78,6 +78,7 @@ impl CallError {
     pub fn certainly_not_done(&self) -> bool {
         match self {
             CallError::NotConnected { .. } | CallError::Refused { .. } => true,
+            // Here the answer is lost and not the request, so it may have been applied.
             CallError::NoAnswer { .. } => false,
         }
     }
@@ -108,9 +109,11 @@ impl ShardCaller {
 
     fn with_room(calls: usize) -> Result<Self, SetUpError> {
         let http = reqwest::Client::builder()
+            // With HTTP/1 each call has a connection of its own, which is what `CallRoom` counts.
             .http1_only()
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(IDLE_TIMEOUT)
+            // Idle connections to a few nodes must not take the descriptors meant for all.
             .pool_max_idle_per_host((calls / 8).clamp(1, IDLE_CONNECTIONS_MAX));
         Ok(Self::over(HttpTransport::build(http)?, calls))
     }
@@ -167,6 +170,7 @@ impl ShardCaller {
         request: &ShardRequest,
         timeout: Duration,
     ) -> Result<ShardReply, CallError> {
+        // The wait for a place counts too: an answer after the caller's deadline helps nobody.
         let began = Instant::now();
         let _place = self.room.enter(address, timeout).await?;
         let timeout = timeout.saturating_sub(began.elapsed());
@@ -179,6 +183,7 @@ impl ShardCaller {
 
         let response = match self.transport.send(post).await {
             Ok(response) => response,
+            // Without a connection nothing was sent. Any later failure leaves open what was done.
             Err(source) if source.is_connect() => {
                 return Err(CallError::NotConnected {
                     address: address.clone(),
@@ -208,6 +213,7 @@ impl ShardCaller {
         };
         let body = match read_reply(response, REPLY_BYTES_MAX, charge).await {
             Ok(body) => body,
+            // A read has changed nothing. A write may have been applied, so its outcome is unknown.
             Err(BodyError::NoRoom) if request.body.is_read() => {
                 return Err(CallError::Refused {
                     address: address.clone(),
@@ -227,6 +233,7 @@ impl ShardCaller {
         }
         let reply: ShardReply = codec::decode(&body, "a shard's reply")
             .map_err(|error| no_answer(error.to_string()))?;
+        // Now there is only what was decoded, which is about as large as the body was.
         drop(body);
         share.shrink_to(bytes);
         Ok(reply.held(share))
@@ -291,11 +298,14 @@ impl CallRoom {
         address: &'a Address,
         timeout: Duration,
     ) -> Result<CallPlace<'a>, CallError> {
+        // Most calls find room at once and need no entry in the list of those that wait.
         if let Some(place) = self.try_enter(address) {
             return Ok(place);
         }
 
         let waiting = QueuedCall::begin(self, address);
+
+        // A notice may be for room that another has taken by the time this runs: so it looks again.
         let entered = async {
             loop {
                 if let Some(place) = self.try_enter(address) {
@@ -307,6 +317,8 @@ impl CallRoom {
         if let Ok(place) = tokio::time::timeout(timeout, entered).await {
             return Ok(place);
         }
+
+        // They have different remedies: to look at that node, or to raise the limit of open files.
         let limit = match self.is_full() {
             false => "the calls to one node, which are as many as are left for all others",
             true => "the calls to other nodes that the limit of open files leaves room for",
@@ -323,6 +335,8 @@ impl CallRoom {
 
     fn try_enter<'a>(&'a self, address: &'a Address) -> Option<CallPlace<'a>> {
         let mut state = self.lock();
+
+        // The bound shrinks as others use up the room, so nodes that hang can't take all of it.
         let of_address = state.addresses.get(address).map_or(0, |room| room.used);
         let free = (self.calls - self.kept).saturating_sub(state.used);
         let is_free = of_address < FREE_TIMES * free
@@ -331,6 +345,7 @@ impl CallRoom {
             return None;
         }
 
+        // Checked in the same lock as it is counted, so that two calls can't take the last place.
         state.used += 1;
         assert!(
             state.used <= self.calls,

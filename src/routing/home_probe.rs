@@ -49,6 +49,8 @@ impl ProbeCache {
     /// Returns what a node answered a moment ago, or asks it.
     async fn recall(&self, address: &Address, ask: impl Future<Output = bool>) -> bool {
         let cell = self.cell(address);
+
+        // Held while the node is asked, so that all who ask about it meanwhile share one question.
         let mut heard = cell.lock().await;
         if let Some(known) = heard.filter(Self::is_fresh) {
             return known.yes;
@@ -103,6 +105,7 @@ impl HomeProbe {
             .filter(|leader| *leader != home)
             .and_then(|leader| map.node(leader));
         let named = match (at_home, instead) {
+            // The home is named while it answers, although another leads: it will lead again.
             (Some(at_home), Some(instead)) if !self.is_member(reach(at_home)).await => instead,
             (at_home, instead) => at_home.or(instead)?,
         };

@@ -32,6 +32,8 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
     if !is_of_node(headers, body) {
         return foreign_failure(status, body);
     }
+
+    // `Failure` puts its prefix before the reason when it is shown, so the node's own is taken off.
     let text = detail(status, body);
     let reason = PREFIXES
         .iter()
@@ -82,6 +84,7 @@ fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
         text => format!("{status}, from a server that is no node: {text}"),
     };
     match status {
+        // A proxy may answer so after it has passed the request on to a node.
         StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => Failure::Unknown { reason },
         StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
         status if status.is_client_error() => Failure::Invalid { reason },

@@ -66,6 +66,7 @@ async fn read_charged(
     budget: &Arc<Budget>,
 ) -> Result<Reply, ReplyError> {
     let too_long = || ReplyError::TooLong { bytes_max };
+    // Refused by its head, before any of it is read.
     if response
         .content_length()
         .is_some_and(|length| length > bytes_max as u64)
@@ -75,9 +76,13 @@ async fn read_charged(
 
     let (mut share, mut bytes) = (budget.empty_share(), BytesMut::new());
     while let Some(chunk) = response.chunk().await? {
+        // The head need not state a length, nor the true one.
         if bytes.len() + chunk.len() > bytes_max {
             return Err(too_long());
         }
+
+        // Charged as it comes: the stated length of a reply that never comes would take room from
+        // others.
         if !share.grow(chunk.len()) {
             return Err(ReplyError::Overloaded);
         }

@@ -241,6 +241,8 @@ impl HttpTransport {
     ///
     /// When the HTTP client can't be set up.
     pub fn build(builder: reqwest::ClientBuilder) -> Result<Arc<dyn Transport>, SetUpError> {
+        // Nagle's algorithm would hold small requests back. A proxy named in the environment is for
+        // the web, not for calls between nodes.
         let client = builder.tcp_nodelay(true).no_proxy().build()?;
         Ok(Arc::new(Self(client)))
     }

@@ -126,6 +126,8 @@ async fn read<T: DeserializeOwned>(
         Ok(response) => response,
         Err(error) => {
             let reason = silence(address, &error);
+
+            // Without a connection the change was certainly not asked for, so another node may be.
             let failure = match error.is_connect() {
                 true => Failure::Unavailable {
                     reason,

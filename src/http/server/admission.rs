@@ -81,6 +81,7 @@ impl Admission {
     }
 
     fn admit_by(self: &Arc<Self>, shares: &Shares, descriptor: RawFd) -> Option<AdmissionPermit> {
+        // The number of the descriptor tells how many are in use, also by those beyond their share.
         if shares.leaves_enough(descriptor)
             && ServerStats::take(&self.stats.clients, self.clients_max)
         {
@@ -91,6 +92,8 @@ impl Admission {
                 CancellationToken::new(),
             ));
         }
+
+        // Past this, log and maps would lack descriptors, and a peer is worth less than those.
         if !shares.leaves_enough_of_peers(descriptor) {
             self.stats.refuse();
             return None;
@@ -99,8 +102,12 @@ impl Admission {
         let eviction = CancellationToken::new();
         self.stats.overflow.fetch_add(1, Ordering::Relaxed);
         let mut overflow_queue = self.overflow_queue.lock();
+
+        // Connections that have ended are still in the queue, and must not push out others.
         overflow_queue.retain(|other| !other.is_cancelled());
         overflow_queue.push_back(eviction.clone());
+        // The oldest goes: a peer sends its request at once, so who has waited longest is likely no
+        // peer.
         if overflow_queue.len() > OVERFLOW_MAX
             && let Some(first) = overflow_queue.pop_front()
         {
@@ -118,6 +125,8 @@ impl Admission {
     /// Takes a place that is kept for peers.
     fn take_peer_slot(&self, path: &str) -> bool {
         let is_lane = path.starts_with(LANE_PREFIX);
+
+        // Groups live by their lanes, so other calls of peers can't take the last places.
         let max = if is_lane {
             self.peers_max
         } else {
@@ -195,11 +204,13 @@ impl AdmissionPermit {
     pub fn decide(&self, method: &Method, path: &str) -> AdmissionDecision {
         let is_peer_request = self.admission.peers_max > 0 && is_peer_route(method, path);
         match self.class() {
+            // Where peers have no place left it stays a client's, and is served as that.
             AdmissionClass::Client if is_peer_request => {
                 self.become_peer(AdmissionClass::Peer, path);
                 AdmissionDecision::Serve
             }
             AdmissionClass::Client | AdmissionClass::Peer => AdmissionDecision::Serve,
+            // It came past the clients' limit, so it is not served as a client's afterwards.
             AdmissionClass::PeerOnly if is_peer_request => AdmissionDecision::Serve,
             AdmissionClass::Overflow
                 if is_peer_request && self.become_peer(AdmissionClass::PeerOnly, path) =>
@@ -226,6 +237,7 @@ impl AdmissionPermit {
     /// Moves to the peers, if they have a place left. Requests of one connection may come at the
     /// same time: one of them does it.
     fn become_peer(&self, class: AdmissionClass, path: &str) -> bool {
+        // Over HTTP/2 another request of the connection may have made it a peer's already.
         let before = self.class();
         if matches!(before, AdmissionClass::Peer | AdmissionClass::PeerOnly) {
             return true;
@@ -233,6 +245,9 @@ impl AdmissionPermit {
         if !self.admission.take_peer_slot(path) {
             return false;
         }
+
+        // The place is taken before the class changes: in between it counts twice, which
+        // is safe.
         let moved = self
             .class
             .compare_exchange(
@@ -244,6 +259,7 @@ impl AdmissionPermit {
             .is_ok();
         let stats = &self.admission.stats;
         match (moved, before) {
+            // Another request was faster, and holds a place for the connection.
             (false, _) => ServerStats::give_back(&stats.peers),
             (true, AdmissionClass::Overflow) => {
                 stats.accepted.fetch_add(1, Ordering::Relaxed);

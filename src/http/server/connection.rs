@@ -122,6 +122,7 @@ impl ConnectionContext {
             return refuse_over_limit(stream);
         }
 
+        // The fewer places are left, the less time one is held by a client that asks for nothing.
         let first_request = match (is_overflow, is_crowded) {
             (true, _) => OVERFLOW_TIMEOUT,
             (false, true) => FIRST_REQUEST_TIMEOUT_CROWDED.min(self.limits.head_timeout),
@@ -203,6 +204,8 @@ impl ConnectionContext {
         let gate = WakeGate::new();
 
         loop {
+            // A new future has registered no waker yet, so it has to be polled once without being
+            // woken.
             let mut next = pin!(self.next_event(state, &mut timers));
             gate.open();
             let event = poll_fn(|cx| match connection.as_mut().poll(cx) {
@@ -229,6 +232,7 @@ impl ConnectionContext {
         loop {
             tokio::select! {
                 biased;
+                // Once the stop has come it stays ready, and would be found first on every turn.
                 () = timers.server_stop.as_mut(), if !timers.is_stopping => {
                     timers.is_stopping = true;
                     if !state.may_be_used() {
@@ -243,14 +247,21 @@ impl ConnectionContext {
                 }
                 () = timers.first_request_timeout.as_mut(), if timers.awaits_first_request => {
                     timers.awaits_first_request = false;
+
+                    // It has not shown that it is a peer's, and others wait for its place.
                     if state.permit.is_overflow() {
                         return ConnectionEvent::End;
                     }
+
+                    // Once there was a request, hyper times the pauses between them, or the stream
+                    // check does.
                     if !state.has_requested.load(Ordering::Relaxed) {
                         timers.start_shutdown();
                         return ConnectionEvent::ShutDown;
                     }
                 }
+
+                // A newer connection past the limit takes the place: that one may be the peer's.
                 () = state.permit.evicted(),
                     if timers.awaits_first_request && state.permit.is_overflow() =>
                 {
@@ -264,8 +275,12 @@ impl ConnectionContext {
                     timers.has_streams = true;
                     timers.check_streams_in(self.stream_check_interval());
                 }
+                // The next look is set first: a timer that has fired would be ready again at once.
                 () = timers.stream_check.as_mut(), if timers.has_streams => {
                     timers.check_streams_in(self.stream_check_interval());
+
+                    // Cut rather than shut down: in order, it would wait for the answers that the
+                    // client does not take.
                     if self.is_stalled(state) {
                         return ConnectionEvent::End;
                     }
@@ -287,6 +302,7 @@ impl ConnectionContext {
     }
 
     fn is_stalled(&self, state: &ConnectionState) -> bool {
+        // hyper can't end a single stream, so the whole connection goes.
         let is_stalled = state.tracker.is_stuck(self.limits.write_timeout)
             || state.tracker.has_slow_response(&self.slow_clients);
         if is_stalled {
@@ -380,10 +396,14 @@ impl ConnectionState {
         // After a head that is ambiguous the next byte may be anything: the connection must end.
         let checked = framing::check(request.version(), request.headers());
         let is_last = decision != AdmissionDecision::Serve || checked.is_err();
+
+        // The head is judged first: a request with an ambiguous end must not reach a handler.
         let mut response = match (checked, decision) {
             (Err(problem), _) => {
                 tracing::debug!(client = %self.address, %problem.detail, "a request's head is \
                     refused");
+                // A body left unread would make the kernel reset the connection, and the answer
+                // could be lost.
                 let (parts, body) = request.into_parts();
                 body::discard(&parts, Body::new(body));
                 problem.into_response()
@@ -394,6 +414,8 @@ impl ConnectionState {
                 .unwrap_or_else(|never| match never {}),
             (Ok(()), AdmissionDecision::Refuse) => over_limit_problem().into_response(),
         };
+
+        // What comes from here on is the next request's head, and is charged as one.
         drop(in_flight);
 
         // Only this tells a client of HTTP/1 not to send its next request here.
@@ -414,6 +436,8 @@ impl ConnectionState {
     ) -> Response<Body> {
         self.streams.notify_one();
         let stream_guard = self.tracker.begin();
+
+        // Over HTTP/2 many heads can come at once, so each is charged apart and refused by itself.
         let Some(_head) = self.head_budget.take(&request) else {
             return heads_over_budget()
                 .into_response()
@@ -438,6 +462,8 @@ impl ConnectionState {
         if decision != AdmissionDecision::Serve {
             self.last_answer_sent.notify_one();
         }
+
+        // A lane is silent for as long as there is nothing to send, which is no fault of the peer.
         response.map(|body| stream_guard.track(body, !is_lane))
     }
 }

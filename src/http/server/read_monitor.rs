@@ -115,6 +115,7 @@ impl WireProtocol {
             .take_while(|(expected, byte)| expected == byte)
             .count();
         match () {
+            // A client of HTTP/2 may send its preface in several packets.
             () if common == expected.len() => Self::Http2,
             () if common == bytes.len() => Self::Unknown(matched + common),
             () => Self::Http1,
@@ -173,6 +174,9 @@ impl ReadMonitor {
     /// Forgets the part of a head that has become a request.
     fn note_heads(&mut self) {
         let heads = self.activity.heads.load(Ordering::Relaxed);
+
+        // hyper may read several requests at once, so only the count of heads says what was
+        // completed.
         if heads != self.heads {
             (self.heads, self.has_begun, self.head) = (heads, false, None);
         }
@@ -182,6 +186,9 @@ impl ReadMonitor {
     /// long.
     pub fn poll_head_timeout(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.note_heads();
+
+        // HTTP/2 multiplexes, so bytes there need not be of a head; bodies have limits of their
+        // own.
         if self.protocol == WireProtocol::Http2 || !self.has_begun || self.activity.reads_body() {
             return Poll::Pending;
         }
@@ -237,6 +244,7 @@ impl HalfClosed {
 
     /// Asks whether the client is there, and looks at what became of it the last time.
     fn probe_client(&mut self, stream: &TcpStream, is_http10: bool) -> io::Result<()> {
+        // The reset that the last probe caused arrives later, so it is seen at the next one.
         if let Some(error) = stream.take_error()? {
             return Err(error);
         }
@@ -245,6 +253,7 @@ impl HalfClosed {
                 Ok(bytes) if bytes == INTERIM.len() => {}
                 // An answer behind a part of this could not be read.
                 Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
+                // The answer before fills the socket. Whether it is taken is timed elsewhere.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
@@ -252,6 +261,8 @@ impl HalfClosed {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.probe.as_mut().reset(Instant::now() + self.pause);
+
+        // Ever more seldom, so that a long request does not send its client hundreds of these.
         self.pause = (self.pause * 2).min(PROBE_MAX);
         Ok(())
     }

@@ -107,6 +107,9 @@ impl ResponseTracker {
     pub fn is_stuck(&self, limit: Duration) -> bool {
         let written = self.written();
         let state = self.lock();
+
+        // HTTP/2 serves streams in turn: by then every other one has sent all that it can have
+        // buffered.
         let full_turn_bytes = BUFFERED_BYTES_MAX * state.streams.max(1) as u64;
 
         state.unsent.values().any(|piece| {
@@ -118,6 +121,7 @@ impl ResponseTracker {
             let is_idle =
                 || u128::from(written) * limit.as_millis() < TAKEN_BYTES_MIN * age.as_millis();
             age > limit
+                // Age alone would cut clients on a slow line that many streams share.
                 && (is_idle() || written >= full_turn_bytes || age > limit * SHARED_LINE_FACTOR)
         })
     }
@@ -163,9 +167,13 @@ impl StreamGuard {
             .upper()
             .is_some_and(|bytes| bytes <= UNCHARGED_BYTES_MAX as u64);
         let (mut waiting_id, mut rate) = (None, None);
+
+        // It waits from now on: over a window of zero, the first piece might never be asked for.
         if is_timed {
             let mut state = self.0.lock();
             let id = state.add_unsent(self.0.written());
+
+            // Small answers are not charged to the budget, so how long they take is nobody's loss.
             if !is_small {
                 state.rates.insert(id, SendRate::new());
                 rate = Some(id);
@@ -227,6 +235,9 @@ impl TrackedBody {
         let tracker = &self.stream_guard.0;
         let mut state = tracker.lock();
         let written_before = tracker.written();
+
+        // Two waits begin: for the client to ask for more, and for this piece to leave for the
+        // socket.
         self.waiting_id = Some(state.add_unsent(written_before));
         let id = state.add_unsent(written_before);
         drop(state);

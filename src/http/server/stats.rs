@@ -43,6 +43,8 @@ impl ServerStats {
     /// Takes a place of those that `counter` counts, of which there are `max`. False: there is
     /// none.
     pub(super) fn take(counter: &AtomicU64, max: u64) -> bool {
+        // Compared and counted in one step: connections come on several threads, and must not
+        // exceed `max`.
         let more = |count: u64| (count < max).then_some(count + 1);
         counter
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)

@@ -110,8 +110,11 @@ impl TimedStream {
             Poll::Ready(Ok(bytes)) => {
                 assert!(bytes <= wanted, "a socket takes no more than there is");
                 self.tracker.wrote(bytes);
+
+                // No state while the kernel takes all that it is given, which is nearly always.
                 if let Some(stall) = &mut self.stall {
                     match stall.drained_at {
+                        // What was counted belongs to the answer before.
                         Some(drained_at) if drained_at.elapsed() > NEXT_ANSWER_GAP => {
                             self.stall = None
                         }
@@ -139,6 +142,7 @@ impl TimedStream {
             Some(drained_at) if drained_at.elapsed() > NEXT_ANSWER_GAP => {
                 *stall = WriteStall::new(check_interval)
             }
+            // All had been taken: the wait until now was ours, not the client's.
             Some(drained_at) => {
                 stall.rate.exclude(drained_at.elapsed());
                 stall.restart();
@@ -148,6 +152,8 @@ impl TimedStream {
         while stall.timer.as_mut().poll(cx).is_ready() {
             let is_silent =
                 stall.since.elapsed() >= self.limit && stall.sent_bytes < TAKEN_BYTES_MIN;
+            // Over HTTP/2 the rate of the socket is that of all streams: the tracker judges each
+            // instead.
             let is_slow =
                 !self.tracker.has_streams() && self.slow_clients.is_exceeded_by(&stall.rate);
             if is_silent || is_slow {
@@ -162,6 +168,8 @@ impl TimedStream {
                     format!("its answer is taken {reason}"),
                 )));
             }
+
+            // It took enough within this time. The next one begins, for the same amount.
             if stall.since.elapsed() >= self.limit {
                 stall.restart();
             }
@@ -184,6 +192,7 @@ impl AsyncRead for TimedStream {
                 Poll::Ready(Ok(()))
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            // Only when nothing is left to read: what has come already is not late.
             Poll::Pending => self.read_monitor.poll_head_timeout(cx).map(Err),
         }
     }

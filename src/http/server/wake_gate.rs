@@ -25,6 +25,7 @@ impl Wake for WakeFlag {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
+        // The flag before the wake: the task may run at once on another thread, and must see it.
         self.is_woken.store(true, Ordering::Release);
         self.task.wake();
     }
@@ -59,6 +60,8 @@ impl WakeGate {
         if !self.flag.is_woken.load(Ordering::Acquire) {
             return Poll::Pending;
         }
+
+        // Cleared before the poll, so that a wake during the poll is kept for the next one.
         self.flag.is_woken.swap(false, Ordering::AcqRel);
         future.poll(&mut Context::from_waker(&self.waker))
     }

@@ -183,6 +183,8 @@ impl RetryState {
 
     fn weigh(&self, failure: Failure) -> Result<Retry, Failure> {
         match failure {
+            // The client follows the redirect itself where it may. Else the leader is looked for
+            // from here.
             Failure::Elsewhere { shard, address } => {
                 if self.options().routing == Routing::Redirect {
                     return Err(Failure::Elsewhere { shard, address });
@@ -191,12 +193,15 @@ impl RetryState {
                     "shard {shard:#} is changing its leader, perhaps to {address}"
                 ))))
             }
+            // The shard says that it did nothing, so another attempt can't do it twice.
             Failure::Unavailable { .. } => Ok(Retry::certainly_not_done(failure)),
+            // A shard answers a known idempotency key from its record, and a read changes nothing.
             Failure::Unknown { .. } if self.repeatable => Ok(Retry {
                 maybe_done: true,
                 ..Retry::certainly_not_done(failure)
             }),
             Failure::Unknown { .. } => Err(failure),
+            // Trying again would add load to a shard that has too much, or get the same answer.
             Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
                 Err(self.final_failure(failure))
             }

@@ -22,6 +22,9 @@ impl<A: ShardAccess> Router<A> {
         let mut retry_state = RetryState::new(options).repeatable();
         loop {
             let map = self.access.map();
+
+            // A shard's count is one sum, from which a slot that has moved since can't be taken
+            // out: so after any failure all shards are counted anew.
             let retry = match map.as_deref() {
                 None => Retry::no_map(),
                 Some(map) => match self.count_once(map, &retry_state).await? {
@@ -83,6 +86,8 @@ impl<A: ShardAccess> Router<A> {
         for (shard, reply) in map.owners().iter().copied().zip(replies) {
             match reply {
                 ShardReply::Counted { keys, slots } => {
+                    // Source and destination were asked at different moments of a move, and both
+                    // counted the slot.
                     if let Some(twice) = slots.into_iter().find(|slot| !coverage.insert(*slot)) {
                         return Ok(Err(Retry::not_owned(twice)));
                     }
@@ -103,6 +108,8 @@ impl<A: ShardAccess> Router<A> {
                 | ShardReply::MoveState(_) => return Err(misfit(shard)),
             }
         }
+
+        // The source had released the slot already, and the destination had not activated it yet.
         let missing = coverage.missing().next();
         Ok(match missing {
             None => Ok(counts),

@@ -43,12 +43,16 @@ impl<A: ShardAccess> Router<A> {
         let mut retry_state = RetryState::new(options).repeatable();
         let mut answers: FoundRecords = vec![None; request.keys.len()];
         let mut places: Vec<usize> = (0..request.keys.len()).collect();
+
+        // Only the keys without an answer are asked for again. Each key is linearizable by itself,
+        // so the answers need not be of one moment.
         while !places.is_empty() {
             let map = self.map_in_time(&mut retry_state).await?;
             let Some((left, retry)) = self
                 .ask_parts(&request, &map, &retry_state, places, &mut answers)
                 .await?
             else {
+                // What has no answer now did not fit. The caller asks for it in its next request.
                 break;
             };
             places = left;
@@ -69,9 +73,12 @@ impl<A: ShardAccess> Router<A> {
         answers: &mut FoundRecords,
     ) -> Result<Option<(Vec<usize>, Retry)>, Failure> {
         let parts = split(&request.keys, places, map);
+
+        // The bytes are shared out beforehand: shards know nothing of each other's answers.
         let bytes_max = (request.bytes_max / parts.len().max(1)).max(SHARD_BYTES_MIN);
 
         let ask = |part: KeysPart| async move {
+            // The map names the meta group as the owner of slots that no shard owns.
             if part.shard.is_meta() {
                 return (part, None);
             }
@@ -106,6 +113,7 @@ impl<A: ShardAccess> Router<A> {
             let retry = match reply {
                 None => Retry::unowned(),
                 Some(ShardReply::GotMany(records))
+                    // Without any record the caller would get no further, and ask for ever.
                     if (1..=part.places.len()).contains(&records.len()) =>
                 {
                     part.places
@@ -126,6 +134,8 @@ impl<A: ShardAccess> Router<A> {
                     | ShardReply::MoveState(_),
                 ) => return Err(misfit(part.shard)),
             };
+
+            // There is one pause for all shards that failed, so one reason is enough.
             match &mut again {
                 Some((places, _)) => places.extend(part.places),
                 None => again = Some((part.places, retry)),
@@ -137,6 +147,8 @@ impl<A: ShardAccess> Router<A> {
 
 /// Splits by owner, each part in the order of the caller's list.
 fn split(keys: &[Bytes], mut places: Vec<usize>, map: &ShardMap) -> Vec<KeysPart> {
+    // Places that are left over come back shard by shard. A shard answers for the first of its
+    // keys, and only the beginning of the caller's list counts.
     places.sort_unstable();
     let mut parts: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
     for place in places {

@@ -269,6 +269,7 @@ impl<A: ShardAccess> Router<A> {
         retry: Retry,
         known: MapVersion,
     ) -> Result<(), Failure> {
+        // Each request that waits keeps its body in memory, so only so many may.
         let Some(_waiting) = WaitPermit::enter(&self.waiting) else {
             retry_state.failed_attempt(retry.maybe_done);
             return Err(retry_state.final_failure(Failure::Overloaded {
@@ -343,6 +344,8 @@ impl<A: ShardAccess> Router<A> {
             };
             drop(timeout_at(look_until, self.access.refresh(known)).await);
         }
+
+        // A pause that outlasts the deadline is not begun: the caller is told now.
         if Instant::now().max(until) >= retry_state.deadline() {
             return Err(retry_state.final_failure(retry.failure));
         }

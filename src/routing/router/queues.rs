@@ -85,6 +85,7 @@ impl LeaderQueues {
     /// Wakes those who wait for a shard to do what it has done now. Where writes are
     /// taken, reads are too.
     pub fn answered(&self, shard: GroupId, done: AwaitedAccess) {
+        // Every answered request comes by here. Nearly always nobody waits: then no lock is taken.
         if self.waiting.load(Ordering::Relaxed) == 0 {
             return;
         }
@@ -95,6 +96,8 @@ impl LeaderQueues {
         for want in wants {
             let queue = self.shards.lock().get(&(shard, *want)).cloned();
             let Some(queue) = queue else { continue };
+
+            // The shard lives, so those who wait for it next begin again with short pauses.
             queue.state.lock().attempts = 0;
             queue.answered.notify_waiters();
         }
@@ -120,6 +123,8 @@ impl LeaderQueue {
     fn take_turn(&self, random: u64) -> Result<(), Instant> {
         let now = Instant::now();
         let mut state = self.state.lock();
+
+        // Checked and moved on under one lock: two that wait can't both take the same attempt.
         if now < state.next {
             return Err(state.next);
         }
@@ -134,8 +139,11 @@ impl QueuePlace<'_> {
     /// another. `lead_changed` ends the wait too.
     pub async fn wait(&self, lead_changed: impl Future<Output = ()>, random: u64) {
         let mut answered = std::pin::pin!(self.queue.answered.notified());
+
+        // Enrolled before anything is awaited, so that an answer that comes just now is not missed.
         answered.as_mut().enable();
         let turn = async {
+            // The others wait for the lock and have no timers, however many they are.
             let _scout = self.queue.scout.lock().await;
             while let Err(next) = self.queue.take_turn(random) {
                 tokio::time::sleep_until(next).await;
@@ -149,6 +157,7 @@ impl QueuePlace<'_> {
     }
 
     async fn spread(&self, random: u64) {
+        // Thousands that come at once would overload a leader in its first moment.
         let waiting = self.queue.state.lock().waiting;
         let span = SPREAD_EACH
             .saturating_mul(u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX));
@@ -165,6 +174,8 @@ impl Drop for QueuePlace<'_> {
         let mut shards = self.queues.shards.lock();
         let mut state = self.queue.state.lock();
         state.waiting -= 1;
+
+        // `enter` takes the lock on `shards` too, so nobody joins a queue that is removed here.
         if state.waiting == 0 {
             shards.remove(&self.awaited);
         }

@@ -50,6 +50,8 @@ impl<A: ShardAccess> Router<A> {
                 keys_only: request.keys_only,
             };
 
+            // Only what lies before the end of the shortest page is complete: beyond it, that
+            // page's shard may have keys that it has not sent.
             let round = self.scan_round(&plan, &mut retry_state).await?;
             let complete = round.take(request.reverse);
             range = complete.rest(&plan);
@@ -60,10 +62,13 @@ impl<A: ShardAccess> Router<A> {
                 .sum::<usize>();
             items.extend(complete.items);
 
+            // Shards are asked for more than their share, so together they may exceed the limit.
             if items.len() > limit {
                 items.truncate(limit);
                 return Ok(MergedPage { items, more: true });
             }
+
+            // A page is bounded, and so is memory. The caller asks for the rest with its next page.
             if items.len() == limit || (bytes >= PAGE_BYTES_MAX && !items.is_empty()) {
                 return Ok(MergedPage {
                     items,
@@ -80,6 +85,7 @@ impl<A: ShardAccess> Router<A> {
         plan: &RoundPlan,
         retry_state: &mut RetryState,
     ) -> Result<Round, Failure> {
+        // Pages are kept over attempts: only slots that none of them covers are asked for again.
         let mut round = Round::default();
         loop {
             let map = self.access.map();
@@ -106,6 +112,7 @@ impl<A: ShardAccess> Router<A> {
         retry_state: &RetryState,
         round: &mut Round,
     ) -> Result<Option<Retry>, Failure> {
+        // Slots without an owner have the meta group as theirs, which has no page to give.
         let mut shards: Vec<GroupId> = round
             .coverage
             .missing()
@@ -137,10 +144,13 @@ impl<A: ShardAccess> Router<A> {
         while let Some((shard, reply)) = running.next().await {
             running.extend(rest.by_ref().take(1).map(ask));
             match reply {
+                // Such a page has no last key from which to go on: the scan would never end.
                 ShardReply::Page(page) if page.items.is_empty() && page.more => {
                     return Err(misfit(shard));
                 }
                 ShardReply::Page(page) => round.add(page, plan.reverse),
+                // The other replies are still read, so that their slots need not be asked for
+                // again.
                 ShardReply::NotOwned { slot } => retry = Some(Retry::not_owned(slot)),
                 ShardReply::Failed(failure) => retry = Some(retry_state.classify(shard, failure)?),
                 ShardReply::Got(_)
@@ -171,6 +181,9 @@ impl RoundPlan {
     /// its share, and enough above it that one round nearly always does.
     fn body(&self, shards: usize, consistency: crate::api::store::Consistency) -> ShardBody {
         let share = self.limit.div_ceil(shards.max(1));
+
+        // The spread of a random share is about its square root, so four times that nearly always
+        // does.
         let limit = if shards <= 1 {
             self.limit
         } else {
@@ -210,6 +223,9 @@ impl Round {
     fn add(&mut self, page: ShardPage, reverse: bool) {
         if page.more {
             let end = page.items.last().map(|item| item.key.clone());
+
+            // The page that ends first decides: beyond it, its shard may have keys that are not
+            // here.
             self.bound = match (self.bound.take(), end) {
                 (Some(a), Some(b)) => Some(if reverse { a.max(b) } else { a.min(b) }),
                 (a, b) => a.or(b),
@@ -234,10 +250,15 @@ impl Round {
         let asked = page.slots.len();
         let mut fresh = page.slots;
         fresh.retain(|slot| self.coverage.insert(*slot));
+
+        // Nearly always no slot has moved. Then no key has to be hashed.
         if fresh.len() == asked {
             self.items.extend(items);
             return;
         }
+
+        // A slot that moved may be in pages of its source and its destination, of two moments. Only
+        // the first is taken for it: both together could show a key twice.
         let mut taken = Coverage::none();
         fresh.into_iter().for_each(|slot| {
             taken.insert(slot);
@@ -285,6 +306,9 @@ impl Complete {
     /// Rest of the range after them.
     fn rest(&self, plan: &RoundPlan) -> Option<ScanRange> {
         let bound = self.bound.as_ref()?;
+
+        // Ends are exclusive and starts inclusive. So backwards the bound itself is left out, and
+        // forwards the next key after it is the start.
         let rest = match plan.reverse {
             true => ScanRange {
                 start: plan.range.start.clone(),

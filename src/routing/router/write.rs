@@ -72,6 +72,7 @@ impl<A: ShardAccess> Router<A> {
         key: Option<Bytes>,
         options: Options,
     ) -> Result<Vec<Written>, WriteFailure> {
+        // Before anything is sent, so that a bad key leaves no write half done.
         operations
             .iter()
             .try_for_each(|operation| check_key(&operation.key))
@@ -80,12 +81,17 @@ impl<A: ShardAccess> Router<A> {
         let is_read = operations
             .iter()
             .all(|operation| operation.action == Action::Get);
+        // A shard with a full disk answers reads only, so the two wait in different queues.
         if !is_read {
             retry_state = retry_state.writing();
         }
+
+        // Without a key a shard can't tell a repeated write from a new one, and does it again.
         if key.is_some() || is_read {
             retry_state = retry_state.repeatable();
         }
+
+        // A redirect leads to one node. The shards of a batch may have different leaders.
         if operations.len() == 1 {
             retry_state = retry_state.single_key();
         }
@@ -99,6 +105,8 @@ impl<A: ShardAccess> Router<A> {
             retry_state,
             hint: None,
         };
+
+        // All parts are checked before any is sent: a write that is too large does nothing.
         let parts = split(whole, Some(&map));
         parts
             .iter()
@@ -111,6 +119,7 @@ impl<A: ShardAccess> Router<A> {
         &self,
         retry_state: &mut RetryState,
     ) -> Result<Arc<ShardMap>, Failure> {
+        // A node that has just started, or a gateway, may have no map yet.
         loop {
             match self.access.map() {
                 Some(map) => return Ok(map),
@@ -167,6 +176,8 @@ impl<A: ShardAccess> Router<A> {
     ) -> Progress {
         let map = self.access.map();
         let known = version(map.as_deref());
+
+        // The map names the meta group for a slot that no shard owns yet.
         let verdict = if shard.is_meta() {
             PartVerdict::retry(Retry::unowned(), &part)
         } else {
@@ -193,6 +204,8 @@ impl<A: ShardAccess> Router<A> {
                 left: None,
             };
         };
+
+        // Without the hint the part would wait until this node has heard of the new map.
         left.hint = retry.hint.map(|(slot, owner)| OwnerHint {
             slot,
             owner,
@@ -204,6 +217,7 @@ impl<A: ShardAccess> Router<A> {
                 left: Some(left),
             },
             Err(failure) => {
+                // Other parts may have been written already, so each operation has its own answer.
                 let failed = Err(WriteFailure::Failed(failure));
                 answered.extend(left.positions.into_iter().map(|at| (at, failed.clone())));
                 Progress {
@@ -220,6 +234,7 @@ impl WritePart {
         let slot = slot_of(key);
         let owner = map.map_or(GroupId::META, |map| map.owner(slot));
         match self.hint {
+            // Once the map names another owner than who gave the hint, the map is newer.
             Some(hint) if hint.slot == slot && hint.instead_of == owner => hint.owner,
             Some(_) | None => owner,
         }
@@ -233,6 +248,8 @@ impl WritePart {
             ..self
         };
         let mut answered = Vec::with_capacity(answers.len());
+
+        // Only what has no answer is sent again: an operation that was done must not be done twice.
         for ((operation, at), answer) in
             self.operations.into_iter().zip(self.positions).zip(answers)
         {
@@ -290,6 +307,7 @@ impl PartVerdict {
 fn read_reply(reply: ShardReply, shard: GroupId, part: &WritePart) -> PartVerdict {
     match reply {
         ShardReply::Written(WriteOutcome::Applied(outcomes))
+            // Else outcomes can't be matched to operations. That ends below as an unknown outcome.
             if outcomes.len() == part.operations.len() =>
         {
             PartVerdict {
@@ -303,6 +321,8 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &WritePart) -> PartVerdic
         ShardReply::Written(WriteOutcome::Rejected(rejection)) => {
             PartVerdict::of_all(judge_rejection(rejection, shard, part), part)
         }
+
+        // Slots that remember the idempotency key answer from their record; others may be rejected.
         ShardReply::Written(WriteOutcome::Mixed(results))
             if results.len() == part.operations.len() =>
         {
@@ -354,6 +374,7 @@ fn judge_rejection(
             Ok(Retry::moved(slot, moved_to.map(|(_, to)| to)))
         }
         WriteRejection::Frozen { slot } => Ok(Retry::frozen(slot)),
+        // The shard counts within its part; the caller knows only its own list.
         WriteRejection::ConditionFailed { operation, current } => {
             Err(match part.positions.get(operation) {
                 Some(at) => WriteFailure::Rejected(WriteRejection::ConditionFailed {
@@ -363,6 +384,7 @@ fn judge_rejection(
                 None => WriteFailure::Failed(misfit(shard)),
             })
         }
+        // "Full" means that nothing was done. After an attempt without an answer nobody knows that.
         WriteRejection::RequestsFull { .. } if part.retry_state.maybe_done() => {
             let full = Failure::Overloaded {
                 limit: "remembered requests".into(),
@@ -387,6 +409,8 @@ fn split(whole: WritePart, map: Option<&ShardMap>) -> Vec<(GroupId, WritePart)> 
         "each operation has its position in the caller's list"
     );
     let mut parts: BTreeMap<GroupId, WritePart> = BTreeMap::new();
+
+    // Nearly all writes are of one shard. They are passed on without being copied.
     let owners: Vec<GroupId> = whole
         .operations
         .iter()
