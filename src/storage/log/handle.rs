@@ -108,6 +108,9 @@ impl Log {
         }
         roster.highest.insert(key.group, key.replica);
         let replica = Arc::new(ReplicaLogInner::new(key, LogIndex::default()));
+
+        // Queued under the roster's lock, so that a wiping of it can only come behind it in the
+        // log.
         let pushed = self.push(&replica, LogChange::Create, done);
         roster.replicas.insert(key, replica);
         drop(roster);
@@ -120,6 +123,7 @@ impl Log {
         let mut roster = self.shared().roster();
         let (pushed, waiters) = match roster.replicas.remove(&key) {
             Some(replica) => {
+                // Marked and queued under one lock: no append can come behind the wiping.
                 let mut state = replica.lock();
                 let (seq, waiters) = state.wipe();
                 let op = LogOp {
@@ -141,6 +145,8 @@ impl Log {
             ),
         };
         drop(roster);
+
+        // After the locks, because a callback may call the log again.
         let gone = || {
             io::Error::new(
                 io::ErrorKind::NotFound,
@@ -215,6 +221,8 @@ impl Log {
         let replicas: Vec<Arc<ReplicaLogInner>> =
             self.shared().roster().replicas.values().cloned().collect();
         let mut first_segments: Vec<(u64, Arc<ReplicaLogInner>, u64)> = Vec::new();
+
+        // Entries lie in log order, so the first one shows how far back a replica holds the log.
         for replica in replicas {
             let state = replica.lock();
             let first = state
@@ -228,6 +236,8 @@ impl Log {
         }
         first_segments.sort_by_key(|(segment, replica, _)| (*segment, replica.key));
         let segments = self.shared().segments.read();
+
+        // Nobody pins the active segment: it is kept in any case.
         let Some((active, _)) = segments.last_key_value() else {
             return Vec::new();
         };
@@ -336,6 +346,7 @@ impl LogInner {
         id: LogId,
         spot: EntryLocation,
     ) -> io::Result<LogEntry> {
+        // Not locked while the disk is read: the writer takes this lock after each batch.
         let segments = self.segments.read();
         let segment = segments.get(&spot.segment).ok_or(io::ErrorKind::NotFound)?;
         let (file, path) = (segment.file.clone(), segment.path.clone());
@@ -359,6 +370,8 @@ impl LogInner {
             io::Error::new(io::ErrorKind::InvalidData, reason)
         };
         let found = record::decode(&bytes, place).map_err(|error| damaged(error.to_string()))?;
+
+        // A valid record may still be another entry, and applying that would make replicas differ.
         match found.record {
             LogRecord::Entry(entry) | LogRecord::Restated(entry)
                 if entry.id == id && found.key == key =>

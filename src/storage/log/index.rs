@@ -213,6 +213,7 @@ impl LogIndex {
         spot: EntryLocation,
         live: &mut LiveBytes,
     ) -> Result<(), Contradiction> {
+        // A rebase is written in one batch, so no other record can be inside it.
         match record {
             LogRecord::Restated(entry) => return self.restate_entry(entry.id, spot, live),
             _ if self.restating.is_some() => return Err(Contradiction::Interrupted),
@@ -229,6 +230,8 @@ impl LogIndex {
                     return Err(Contradiction::Restate);
                 }
                 self.restating = Some(VecDeque::new());
+
+                // A replica without live entries is complete at once.
                 self.finish_restating(live);
             }
             LogRecord::Head(_)
@@ -277,6 +280,8 @@ impl LogIndex {
 
     fn truncate(&mut self, to: Option<LogId>, live: &mut LiveBytes) -> Result<(), Contradiction> {
         let ReplicaHead { purged, last, .. } = self.head;
+
+        // Entries from before the first segment are unknown during replay and can't be compared.
         let is_known = to
             .and_then(|to| self.located(to.index))
             .map(|entry| entry.term);
@@ -332,6 +337,8 @@ impl LogIndex {
         let Some(restating) = &mut self.restating else {
             return Err(Contradiction::Interrupted);
         };
+
+        // Other entries, or another order, would replace this log by a different one.
         if id.index != start + restating.len() as u64 || known.is_some_and(|term| term != id.term) {
             return Err(Contradiction::Restate);
         }
@@ -354,12 +361,16 @@ impl LogIndex {
             .restating
             .take_if(|restated| restated.len() as u64 == count)
         {
+            // Only a complete rebase counts. Until then the old places hold, so a crash loses
+            // nothing.
             live.remove(self.entries.drain(..));
             restated.iter().for_each(|entry| live.add(entry));
             self.end_bytes = restated
                 .back()
                 .map_or(self.purged_bytes, |entry| entry.end_bytes);
             self.entries = restated;
+
+            // Every live entry is now at a known place, whatever older segments are gone.
             self.missing_until = 0;
         }
     }

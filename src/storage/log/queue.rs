@@ -91,6 +91,8 @@ impl LogQueue {
     pub fn close(&self) {
         let mut state = self.lock();
         state.closing = true;
+
+        // A failure that came before is the true reason, and stays.
         state.refusal.get_or_insert_with(LogFailure::closed);
         drop(state);
         self.wake();
@@ -120,6 +122,8 @@ impl LogQueue {
     /// Takes operations of at most `bytes_max` together, but at least one if there is one.
     pub fn take(&self, bytes_max: usize) -> QueuedWork {
         let mut state = self.lock();
+
+        // Small, and nobody waits for them: they go along with any batch.
         let committed = std::mem::take(&mut state.committed);
         let mut bytes = 0;
         let fits = |op: &LogOp| {
@@ -171,6 +175,7 @@ impl LogQueue {
     }
 
     fn wake(&self) {
+        // The writer is a thread, or a task in a simulation.
         self.wake_thread.notify_one();
         self.wake_task.notify_one();
     }

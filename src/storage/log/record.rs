@@ -139,6 +139,8 @@ pub(super) fn encode(
         offset: start.offset + at as u64,
         ..start
     };
+
+    // The header holds the body's length and checksum, so it is filled in afterwards.
     buffer.extend_from_slice(&[0; HEADER_BYTES]);
     let kind = encode_body(buffer, record);
     let body_crc = {
@@ -148,6 +150,8 @@ pub(super) fn encode(
     };
     let body_len =
         u32::try_from(buffer.len() - at - HEADER_BYTES).expect("appends beyond this are refused");
+
+    // A checksum of its own lets a reader trust the length before it has read the body.
     let header = &mut buffer[at..at + HEADER_BYTES];
     header[..2].copy_from_slice(&MAGIC);
     header[2] = FORMAT;
@@ -163,6 +167,7 @@ pub(super) fn encode(
 }
 
 fn encode_body(buffer: &mut Vec<u8>, record: &LogRecord) -> u8 {
+    // The numbers are part of the disk format and never get another meaning.
     match record {
         LogRecord::Head(head) => postcard_body(buffer, head, 1),
         LogRecord::Mark => 2,
@@ -207,6 +212,8 @@ fn check_header(bytes: &[u8], place: RecordPlace) -> Result<usize, BadRecord> {
     if hasher.finalize() != u32_at(header, 28) {
         return Err(BadRecord::Header);
     }
+
+    // After the checksum: a flipped bit must not pass for a newer version.
     match header[2] {
         FORMAT => Ok(u32_at(header, 4) as usize),
         format => Err(BadRecord::Format(format)),

@@ -64,6 +64,8 @@ pub(super) fn replay(files: &SegmentFiles, binding: u128) -> Result<Replayed, Op
         spares: listing.spares,
         ..Replayed::default()
     };
+
+    // All heads first: where a segment ends is in the head of the next one.
     for number in numbers {
         let segment = open_segment(files, binding, *number)?;
         replayed.segments.push(segment);
@@ -126,6 +128,8 @@ fn open_segment(
         segment: number,
         offset: 0,
     };
+
+    // The header has its own checksum, so its length is trusted before that much is read.
     let header = read(&segment, HEADER_BYTES)?;
     let len =
         record::record_len(&header, place).map_err(|error| bad_record(&segment, 0, &error))?;
@@ -154,6 +158,8 @@ impl Replayed {
         let len = usize::try_from(end)
             .map_err(|_| damaged(segment, end, "its end is past what memory holds"))?;
         let bytes = read(segment, len)?;
+
+        // Room is written and synced before the records in it, so no crash makes a segment shorter.
         if bytes.len() < len {
             return Err(damaged(
                 segment,
@@ -161,6 +167,8 @@ impl Replayed {
                 format!("the file was cut: it was synced to {end}"),
             ));
         }
+
+        // All of it was synced before the next head was written, so any bad record is damage.
         let mut at = 0;
         while at < len {
             let place = RecordPlace {
@@ -172,6 +180,8 @@ impl Replayed {
                 .map_err(|error| bad_record(segment, at as u64, &error))?;
             at += self.apply(segment, first, at as u64, found)?;
         }
+
+        // A rebase that a crash cut short is not continued: every opening begins a new segment.
         self.replicas
             .values_mut()
             .for_each(LogIndex::abandon_restating);
@@ -201,6 +211,8 @@ impl Replayed {
                     at += self.apply(segment, first, at as u64, found)?;
                 }
                 Err(error @ (BadRecord::Header | BadRecord::Body)) => {
+                    // A mark after this place proves that it was synced. Without one nobody was
+                    // told of it.
                     if let Some(mark) = record::find_mark(&bytes, at + 1, place) {
                         let reason =
                             format!("{error}, and the mark at {mark} says that it was synced");
@@ -220,6 +232,9 @@ impl Replayed {
                 }
             }
         }
+
+        // A failed sync may have left this in the page cache only. It must be durable before it is
+        // used.
         let rewritten = segment
             .file
             .write_at(&bytes[marked..at], marked as u64)
@@ -228,6 +243,8 @@ impl Replayed {
             context: format!("sync {}", segment.path.display()),
             source,
         })?;
+
+        // As in a sealed segment: the rest of the rebase was never written.
         self.replicas
             .values_mut()
             .for_each(LogIndex::abandon_restating);
@@ -254,6 +271,7 @@ impl Replayed {
             LogRecord::Head(_) if offset != 0 => {
                 return Err(contradiction("a head in the middle of a segment".into()));
             }
+            // The segments before are gone, so their state is known from here alone.
             LogRecord::Head(head) if first => {
                 self.highest = head.highest.into_iter().collect();
                 self.replicas = head
@@ -262,6 +280,7 @@ impl Replayed {
                     .map(|(key, head)| (key, LogIndex::restated(head)))
                     .collect();
             }
+            // The head repeats what replay must have found. If they differ, records are missing.
             LogRecord::Head(head) => {
                 let replicas = self
                     .replicas
@@ -276,6 +295,8 @@ impl Replayed {
                 }
             }
             LogRecord::Mark => {}
+            // Ids are never used twice, so a second creation shows that the log is not the one
+            // written.
             LogRecord::Create => {
                 if self
                     .highest
@@ -325,6 +346,8 @@ impl Replayed {
     }
 
     fn check_complete(&self, first: &ReplayedSegment) -> Result<(), OpenLogError> {
+        // The first head names where each log ends. An entry that is in no segment was lost with
+        // one.
         match self
             .replicas
             .iter()

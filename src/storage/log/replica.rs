@@ -66,6 +66,8 @@ impl ReplicaLog {
             change: LogChange::Append(entries.clone()),
             done,
         };
+
+        // Queued first: if the log refuses, this replica stays as it was.
         self.log
             .shared()
             .queue
@@ -138,6 +140,8 @@ impl ReplicaLog {
         if let Some(entries) = cached {
             return Ok(entries);
         }
+
+        // Threads that serve carry the heartbeats of all groups, so they never wait for the disk.
         let log = self.clone();
         let turn = self.log.shared().readers.clone().acquire_owned().await;
         let turn = turn.map_err(io::Error::other)?;
@@ -158,6 +162,8 @@ impl ReplicaLog {
                 EntrySource::Disk(id, spot) => {
                     match self.log.shared().read_entry(self.replica.key, id, spot) {
                         Ok(entry) => entries.push(entry),
+                        // The place is still the right one, so the error is true. Otherwise the
+                        // writer moved it.
                         Err(error) if self.replica.lock().reads_from(id, spot) => {
                             return Err(error);
                         }
@@ -178,6 +184,9 @@ impl ReplicaLog {
     /// will be because the replica was wiped or the log failed or was closed.
     pub fn on_synced(&self, id: LogId, f: Done) {
         let mut state = self.replica.lock();
+
+        // Decided under the replica's lock, under which the writer collects waiters: none is
+        // missed.
         let outcome = if state.is_synced(id) {
             Ok(())
         } else if let Some(failure) = self.log.shared().queue.refusal() {
@@ -228,6 +237,8 @@ impl ReplicaLog {
             change,
             done,
         };
+
+        // Under the same lock, so that the disk sees the operations in the order of memory.
         let pushed = self.log.shared().queue.push(op);
         drop(state);
         if let Err((op, failure)) = pushed {

@@ -131,6 +131,8 @@ impl ReplicaLogState {
             ));
         }
         let mut last = self.issued.last;
+
+        // Replay takes a gap or a falling term for damage, so neither may be written.
         for entry in entries {
             let id = entry.id;
             if id.index != index_after(last)
@@ -165,6 +167,8 @@ impl ReplicaLogState {
     pub fn truncate_after(&mut self, index: Option<u64>) -> io::Result<LogChange> {
         let ReplicaHead { purged, last, .. } = self.issued;
         let next = index.map_or(0, |index| index.saturating_add(1));
+
+        // What was purged is committed, and Raft never removes that.
         if next < index_after(purged) {
             return Err(invalid(format!(
                 "a truncation after {index:?} of a log that is purged to {purged:?}"
@@ -205,6 +209,8 @@ impl ReplicaLogState {
             .min(self.cached.len() as u64) as usize;
         self.cached.drain(..gone);
         self.issued.purged = Some(upto);
+
+        // A snapshot may be ahead of the log, which then continues after it.
         if index_after(last) <= next {
             self.issued.last = Some(upto);
         }
@@ -269,6 +275,8 @@ impl ReplicaLogState {
             if !self.has(index) {
                 break;
             }
+
+            // Under the lock only the place is noted: a read would hold up the writer.
             let (source, len) = match (self.cached(index), self.written.located(index)) {
                 (Some(cached), _) => (
                     EntrySource::Memory(cached.entry.clone()),
@@ -287,6 +295,8 @@ impl ReplicaLogState {
                 (None, None) => break,
             };
             bytes += len;
+
+            // At least one entry, or a follower would never get one above the limit.
             if bytes > bytes_max && !plan.is_empty() {
                 break;
             }

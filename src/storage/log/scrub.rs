@@ -19,6 +19,8 @@ impl Log {
     pub fn sealed_segments(&self) -> Vec<u64> {
         let segments = self.shared().segments.read();
         let mut numbers: Vec<u64> = segments.keys().copied().collect();
+
+        // The last segment is still written to.
         numbers.pop();
         numbers
     }
@@ -50,6 +52,8 @@ impl Log {
             segment: number,
             offset: 0,
         };
+
+        // The page cache would hide what has rotted on the disk.
         file.forget_cached();
         match check_records(&*file, place, end, pace) {
             Ok(true) => Checked::Whole,
@@ -121,6 +125,7 @@ fn check_records(
             }
         };
 
+        // The start of a record that the slice cut is kept, and the rest is read after it.
         buffer.drain(..used);
         let have = buffer.len();
         let left = usize::try_from(end - at).unwrap_or(usize::MAX);

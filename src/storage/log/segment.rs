@@ -88,6 +88,8 @@ impl SegmentFiles {
             file: file.into(),
             allocated: 0,
         };
+
+        // Not the whole segment at once: batches wait while it is written.
         let grow = self.grow_bytes.min(self.segment_bytes);
         prepared.allocated = pre_write(&*prepared.file, &prepared.path, 0, grow)?;
         Ok(prepared)
@@ -132,6 +134,8 @@ impl SegmentFiles {
             .write_at(head, 0)
             .and_then(|()| active.file.sync())
             .map_err(writing)?;
+
+        // The name comes last, so that every file with a segment's name has a whole head.
         let renamed = self
             .disk
             .rename(&active.path, &target)
@@ -148,6 +152,8 @@ impl SegmentFiles {
         if need <= active.allocated {
             return Ok(());
         }
+
+        // Steps grow with the segment, because each of them costs a sync of its own.
         let step = self
             .grow_bytes
             .max(active.allocated / 2)
@@ -173,6 +179,8 @@ impl SegmentFiles {
     ) -> io::Result<PreparedSegment> {
         let from = self.path(number);
         let path = self.dir.join(format!("{number:020}{SUFFIX_SPARE}"));
+
+        // Durable before the file is written again: a crash must not give it back its old name.
         let renamed = self
             .disk
             .rename(&from, &path)
@@ -224,6 +232,8 @@ pub(super) fn remove_all(disk: Arc<dyn Disk>, dir: &Path) -> io::Result<()> {
             .remove(&path)
             .map_err(|error| with_context(error, format_args!("remove {}", path.display())))?;
     }
+
+    // Without this a power cut could bring old segments back under a new log.
     files.disk.sync_dir(dir)
 }
 

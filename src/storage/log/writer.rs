@@ -140,6 +140,8 @@ fn open(
         segment_bytes,
     };
     let replayed = replay(&files, options.binding)?;
+
+    // A member's log is never begun anew: it would forget votes, and entries that others count on.
     if replayed.segments.is_empty() && options.expect == Expect::Existing {
         return Err(OpenLogError::Missing {
             dir: dir.to_owned(),
@@ -176,9 +178,13 @@ fn begin(
     };
     let last = segments.last().map(|last| (last.number, last.end));
     let number = last.map_or(1, |(number, _)| number + 1);
+
+    // How far a spare was written before a crash is not known, so none is used again.
     for path in spares {
         files.disk.remove(&path)?;
     }
+
+    // The head says where the last segment ends. So a tail that was cut stays cut.
     let head = ledger.head(number, last.map(|(_, end)| end), options.binding);
     let active = files.begin(files.prepare()?, number, &head)?;
     if let Some(last) = segments.last() {
@@ -187,6 +193,7 @@ fn begin(
         let _ = last.file.set_len(last.end);
     }
 
+    // A crash undid their removal. Replay has found everything live in the segments after them.
     for number in leftover {
         files.remove(number)?;
     }
@@ -197,6 +204,7 @@ fn begin(
             segment.number,
             SealedSegment {
                 bytes: segment.end - segment.head_bytes,
+                // Never used again: how far it was pre-written is not known.
                 allocated: None,
             },
         );
@@ -234,6 +242,8 @@ fn begin(
         stopped: false,
     };
     writer.reclaim()?;
+
+    // An unmarked log cleans when it is idle: many small segments do not wait for the next write.
     writer.unmarked = writer.has_fragments();
     Ok((shared, writer))
 }
@@ -244,6 +254,7 @@ impl LogWriter {
     pub fn run(mut self) {
         let idle = Duration::from_millis(self.options.idle_ms);
         while !self.stopped {
+            // Only a log without its closing mark has something to do when idle: others sleep.
             self.shared.queue.wait(self.unmarked.then_some(idle));
             self.step();
         }
@@ -272,6 +283,7 @@ impl LogWriter {
     fn step(&mut self) {
         self.shared.activity.enter(WriterPhase::Writes);
         if !self.pump() && self.shared.queue.is_closing() {
+            // Nothing is synced from here on, so those who wait for an entry would wait for ever.
             self.stopped = true;
             let closed = LogFailure::closed();
             self.take_waiters()
@@ -301,6 +313,7 @@ impl LogWriter {
             return true;
         }
         let kept_up = self.reclaim().and_then(|()| {
+            // Cleaning costs writes and a sync. Appends must not wait for it with every batch.
             if idle || segment != self.active.number {
                 self.clean()
             } else {
@@ -323,6 +336,8 @@ impl LogWriter {
             ops.iter_mut()
                 .try_for_each(|op| ledger.write_op(op, batch))?;
             committed.into_iter().try_for_each(|(key, id)| {
+                // A committed id is written only after its entry. A crash in between would leave an
+                // id without one.
                 match id.filter(|id| ledger.is_append_pending(key, *id)) {
                     Some(early) => {
                         shared.queue.return_committed(key, early);
@@ -340,6 +355,7 @@ impl LogWriter {
         let mut last_seqs: BTreeMap<ReplicaKey, (Arc<ReplicaLogInner>, u64)> = BTreeMap::new();
         let mut dones = Vec::with_capacity(ops.len());
         for op in ops {
+            // Apply and followers read the newest entries next, so these stay in memory.
             if let LogChange::Append(entries) = &op.change {
                 let bytes = op.change.bytes() + CACHED_OP_BYTES * entries.len();
                 self.cached_bytes += bytes;
@@ -374,6 +390,8 @@ impl LogWriter {
             segment: self.active.number,
             offset: self.active.offset,
         };
+
+        // One large append must not keep its memory for as long as the process runs.
         self.buffer.clear();
         self.buffer.shrink_to(2 * self.options.batch_bytes_max);
         let mut batch = EncodedBatchRecords {
@@ -381,6 +399,8 @@ impl LogWriter {
             start,
             records: 0,
         };
+
+        // The mark says that all before it was synced. Replay tells damage from a torn tail by it.
         batch.put(NOBODY, &LogRecord::Mark)?;
         fill(&mut self.ledger, &mut batch)?;
 
@@ -400,6 +420,9 @@ impl LogWriter {
             .file
             .write_at(&self.buffer, start.offset)
             .map_err(context)?;
+
+        // A failed sync is final: the kernel may drop the pages, and the next sync would succeed
+        // without them.
         let began = Instant::now();
         self.active.file.sync().map_err(|error| {
             with_context(error, format_args!("sync {}", self.active.path.display()))
@@ -456,6 +479,8 @@ impl LogWriter {
 
     fn try_make_room(&mut self, bytes: u64) -> io::Result<()> {
         let fits = self.active.offset + bytes + HEADER_BYTES as u64 <= self.files.segment_bytes;
+
+        // An empty segment is not left: a batch that does not fit makes it larger.
         if !fits && self.active.offset > self.active.first_batch {
             self.next_segment()?;
         }
@@ -468,6 +493,9 @@ impl LogWriter {
             None => self.files.prepare()?,
         };
         let number = self.active.number + 1;
+
+        // The head restates all replicas, so older segments may go without losing a vote or a purge
+        // point.
         let head = self
             .ledger
             .head(number, Some(self.active.offset), self.options.binding);
@@ -480,6 +508,8 @@ impl LogWriter {
                 allocated: Some(sealed.allocated),
             },
         );
+
+        // Readers must know the segment before an entry is located in it.
         let view = SegmentView {
             file: self.active.file.clone(),
             path: self.active.path.clone(),
@@ -505,12 +535,19 @@ impl LogWriter {
     /// Takes the oldest segments out of the log while no live entry is in them. All that is encoded
     /// is synced here.
     fn reclaim(&mut self) -> io::Result<()> {
+        // In order from the oldest: a gap in the numbers then shows replay what a crash brought
+        // back.
         let oldest_live = self.ledger.live.oldest().unwrap_or(self.active.number);
         while let Some(entry) = self.sealed.first_entry()
             && *entry.key() < oldest_live
         {
             let (number, sealed) = entry.remove_entry();
+
+            // Hidden from readers before the file is used again. Those that have it open see a
+            // checksum fail.
             let view = self.shared.segments.write().remove(&number);
+
+            // A file that one huge batch made large would hold its space for ever.
             let reusable = sealed
                 .allocated
                 .filter(|allocated| *allocated <= 2 * self.files.segment_bytes);
@@ -527,6 +564,7 @@ impl LogWriter {
 
     /// Rebases small replicas that pin the oldest segment, while most of the log is dead.
     fn clean(&mut self) -> io::Result<()> {
+        // Bounded, because appends wait while entries are moved.
         let mut budget = self.files.segment_bytes / 4;
         while self.wants_cleaning() {
             let oldest = self.sealed.keys().next().copied();
@@ -547,6 +585,8 @@ impl LogWriter {
                 }
             }
             self.reclaim()?;
+
+            // Nothing was freed, so another pass would rewrite the same entries again.
             if self.sealed.keys().next().copied() == oldest {
                 break;
             }
@@ -580,6 +620,8 @@ impl LogWriter {
     /// are sent there only after that. False if an entry can't be read: it then stays where it is,
     /// and who needs it meets the error.
     fn rebase(&mut self, replica: &Arc<ReplicaLogInner>) -> io::Result<bool> {
+        // Only this thread changes what is written, so the lock need not be held while the disk is
+        // read.
         let (head, located) = {
             let state = replica.lock();
             let ids = state.written.entries().map(|(index, entry)| {
@@ -630,6 +672,9 @@ impl LogWriter {
     fn fail(&mut self, error: &io::Error, ops: Vec<LogOp>) {
         self.stopped = true;
         let failure = LogFailure::new(error);
+
+        // The queue refuses first. Whoever comes after that sees the refusal and is not left
+        // waiting.
         let waiting = self.shared.queue.fail(failure.clone());
         self.shared.failed.send_replace(Some(failure.clone()));
         let waiters = self.take_waiters();
@@ -642,6 +687,8 @@ impl LogWriter {
     }
 
     fn take_waiters(&self) -> Vec<Done> {
+        // A replica just created is in the roster alone; one whose wiping waits is in the ledger
+        // alone.
         let mut replicas: Vec<Arc<ReplicaLogInner>> =
             self.shared.roster().replicas.values().cloned().collect();
         replicas.extend(self.ledger.replicas.values().cloned());
@@ -707,6 +754,8 @@ impl LogLedger {
             }
             LogChange::Wipe => {
                 batch.put(key, &LogRecord::Wipe)?;
+
+                // It stays in `highest`: a replica id is never used twice.
                 self.replicas.remove(&key);
                 op.replica.lock().written.wipe(&mut self.live);
             }
@@ -795,6 +844,7 @@ impl LogLedger {
             drop(state);
             if first == Some(segment) {
                 if live_bytes > bytes_max {
+                    // Moving the others would not free the segment.
                     return None;
                 }
                 pinning.push((replica.clone(), live_bytes));
