@@ -58,6 +58,7 @@ impl ReplicaMapInner {
     /// far smaller than that. False: they are not, or not all of them, and another table has to
     /// take its place. Readers see no difference meanwhile, because `written` is still above.
     fn merge_into_clean(&self, written: &Memtable) -> bool {
+        // A large table is cheaper to keep as it is than to merge key by key.
         if 2 * written.bytes() > self.read_memtables().clean_bytes() {
             return false;
         }
@@ -121,6 +122,8 @@ impl MapStoreInner {
             .active_bytes
             .get()
             .saturating_add(self.frozen_bytes.get());
+
+        // Some room is left free, or the next table would bring this about again.
         let goal = (self.options.node_bytes_max / 8 * 7).saturating_sub(unclean);
         let mut replicas = self.open_replicas();
         replicas.sort_by_cached_key(|replica| Reverse(replica.clean_bytes()));

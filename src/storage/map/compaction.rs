@@ -82,6 +82,8 @@ impl MapStore {
             }
             trees.begin_fresh(shared.live_bytes())?;
         }
+
+        // An orphan left in the old place would keep all of it on the disk.
         drop_orphans(shared, stored)?;
         let before = trees.disk_bytes();
         for replica in shared.weak_replicas() {
@@ -156,6 +158,7 @@ fn copy_if_outdated(
         false => None,
     };
     if copied != Some(Copied::Ended) {
+        // Listed before the lock, so one that is begun from here on is not taken for garbage.
         let generations = open::generations(trees, replica.key)?;
         let writer = replica.lock_writer_last();
         let (current, is_prepared) = (writer.record.generation, writer.prepared.is_some());
@@ -192,6 +195,8 @@ fn copy(replica: &Arc<ReplicaMapInner>, keep_on: &dyn Fn() -> bool) -> Result<Co
             Err(error) => break Err(error),
         }
     };
+
+    // Only if it is still this copy: an installation may have ended it, and another may have begun.
     if !matches!(copied, Ok(Copied::Switched)) {
         let mut writer = replica.lock_writer_last();
         if writer
@@ -241,6 +246,7 @@ fn step(
     generation: u64,
     pages: &mut u32,
 ) -> Result<Option<Copied>, StoreError> {
+    // An installation may have put another tree in place between two pages.
     let Some(copy) = writer
         .copy
         .as_mut()
@@ -261,6 +267,9 @@ fn step(
     if is_more {
         return Ok(None);
     }
+
+    // All pages together are the whole tree. If they differ from its digest, one of both is
+    // damaged.
     if copy.digest != writer.record.digest {
         let error = StoreError::Damaged(format!(
             "the tree of {} no longer matches its digest",
@@ -269,6 +278,8 @@ fn step(
         replica.fail(&error.to_string());
         return Err(error);
     }
+
+    // The record comes last and is flushed before the switch: until then nobody believes the copy.
     let record = TreeRecord {
         generation,
         ..writer.record.clone()

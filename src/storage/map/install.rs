@@ -25,6 +25,8 @@ impl ReplicaMap {
         let replica = &self.replica;
         let mut writer = replica.lock_writer_first();
         replica.check()?;
+
+        // Each prepared map takes the room of a whole one.
         discard(replica, &mut writer);
         if snapshot.applied().log_id <= replica.read_memtables().applied.log_id {
             return Ok(());
@@ -53,6 +55,8 @@ impl ReplicaMap {
         let replica = &self.replica;
         let mut writer = replica.lock_writer_first();
         replica.check()?;
+
+        // What was applied is not applied again, so a map that goes back would lack entries.
         if snapshot.applied().log_id < replica.read_memtables().applied.log_id {
             return Err(StoreError::Damaged(format!(
                 "{}: a snapshot older than what is applied was to be installed",

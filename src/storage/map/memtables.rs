@@ -38,6 +38,8 @@ impl Memtable {
         for (key, change) in batch {
             let key_bytes = key.len();
             self.bytes += change.as_ref().map_or(0, Bytes::len);
+
+            // A key that is replaced keeps its place, so only its value counts anew.
             match self.changes.insert(MemtableKey::new(key), change) {
                 None => self.bytes += key_bytes + CHANGE_OVERHEAD_BYTES,
                 Some(old) => self.bytes -= old.map_or(0, |value| value.len()),
@@ -52,6 +54,8 @@ impl Memtable {
             let value_bytes = change.as_ref().map_or(0, Bytes::len);
             key.len() + CHANGE_OVERHEAD_BYTES + value_bytes
         };
+
+        // Out first: without room for the new value, the old one would be wrong.
         if let Some(old) = self.changes.remove(&Probe::new(key) as &dyn Keyed) {
             self.bytes -= cost(&old);
         }
@@ -368,6 +372,8 @@ impl ReadGuard<'_> {
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
+
+        // The clean table is left out: it says what the tree says, which is read anyway.
         let tables = &*self.tables;
         let mut items = of_tree(&*tables.tree, &range);
         for table in tables.above().filter(|table| !table.is_empty()) {

@@ -74,6 +74,7 @@ pub(super) fn open_map(
         .and_then(|snapshot| snapshot.applied().log_id);
 
     let reason = match (good, reason) {
+        // A tree older than the snapshot will not do: the log may be purged up to the snapshot.
         (Some((tree, record, map_bytes)), _) if record.applied.log_id >= snapshot_log_id => {
             drop_others(trees, key, &generations, record.generation);
             let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
@@ -112,6 +113,7 @@ pub(super) fn open_map(
         (None, None) => "it is missing".to_owned(),
     };
 
+    // Always a fresh generation: a crash in the middle then leaves the old tree as it was.
     let generation = generations.first().map_or(1, |newest| newest + 1);
     generations.insert(0, generation);
     let rebuilt = rebuild(
@@ -199,6 +201,8 @@ pub(super) fn fill_generation(
     snapshot: &Snapshot,
 ) -> Result<TreeFilling, StoreError> {
     let name = tree_name(key, generation);
+
+    // An earlier attempt that a crash cut short may have left a part.
     trees.drop_tree(&name)?;
     let tree = trees.open(&name)?;
     let (mut unflushed, mut map_bytes) = (0, 0);
@@ -218,6 +222,8 @@ pub(super) fn fill_generation(
         Ok(())
     })?;
     tree.flush()?;
+
+    // The digest comes from the file, so a check finds what was lost on the way into the tree.
     let record = TreeRecord {
         key,
         generation,
@@ -273,6 +279,7 @@ fn rebuild(
     while let Some(snapshot) = snapshots.first() {
         match fill_generation(trees, key, generation, snapshot).and_then(TreeFilling::finish) {
             Ok(filled) => return Ok(Some(filled)),
+            // The file may be whole: an older one would throw away what only the newer one has.
             Err(error @ (StoreError::Io { .. } | StoreError::TooOld { .. })) => return Err(error),
             Err(error @ (StoreError::Damaged(_) | StoreError::Undecodable { .. })) => {
                 damaged.get_or_insert(error.to_string());
@@ -400,6 +407,7 @@ fn check_or_finish(
     generation: u64,
     redo: Option<&Redo>,
 ) -> Result<TreeVerdict, StoreError> {
+    // A redo file may be older than the tree, and its changes belong to one generation only.
     let redo = redo.filter(|redo| redo.record.generation == generation);
     let verdict = match check(tree, key, generation) {
         // A value that has lost its pieces: it may be one of those that were being written.
@@ -410,6 +418,7 @@ fn check_or_finish(
     };
     match (&verdict, redo) {
         (TreeVerdict::Bad(reason), Some(redo)) => {
+            // Each change says what its key is to be in the end, so doing it twice does no harm.
             tracing::info!(replica = %key, %reason, changes = redo.changes.len(), "a checkpoint \
                 that was cut short is carried out again");
             redo.carry_out(tree)?;
@@ -437,8 +446,10 @@ fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<TreeVerdic
     })?;
     Ok(match record {
         None if digest.pairs == 0 && !unknown => TreeVerdict::Empty,
+        // The record is written last, so pairs without one were cut short.
         None => TreeVerdict::Bad("it was never finished".into()),
         Some(Err(error)) => TreeVerdict::Bad(error.to_string()),
+        // A tree under another's name would pass its own digest.
         Some(Ok(record)) if (record.key, record.generation) != (key, generation) => {
             TreeVerdict::Bad(format!(
                 "it says that it is {}",

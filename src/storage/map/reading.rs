@@ -39,6 +39,7 @@ impl MapStoreInner {
     }
 
     fn note_read(&self, took: Duration) {
+        // While the cache holds all maps, a slow read was held up by something else than the disk.
         if self.disk_waits.note(took) && self.outgrows_cache() {
             if !self.disk_waits.is_elsewhere() {
                 tracing::debug!(
@@ -168,6 +169,7 @@ impl Preview {
         of_tree: impl for<'t> Fn(&'t dyn Tree, &KeyRange) -> Items<'t, V> + 'a,
         weigh: fn(&V) -> usize,
     ) -> Items<'a, V> {
+        // The keys before are the tree's own records, and no part of the map.
         let start = range.start.clone().max(Bytes::from_static(CORE_KEYS_START));
         let range = KeyRange {
             start,
@@ -177,6 +179,8 @@ impl Preview {
             return Box::new(std::iter::empty());
         }
 
+        // Changes in memory are copied under the lock. The tree is read without it, as that may
+        // wait.
         let (layers, tree) = self.tables(|guard| {
             let tables: &Memtables = &guard.tables;
             let changes = tables
@@ -247,6 +251,8 @@ where
                 break;
             }
         }
+
+        // Small at first, because most readers stop after a pair or two.
         self.pairs_max = (self.pairs_max * 4).min(PREVIEW_PAIRS_MAX);
         self.rest = self.rest.take().filter(|rest| !rest.is_empty());
         (!batch.is_empty()).then_some(batch)

@@ -109,6 +109,8 @@ impl RedoFiles {
             Ok(bytes)
         };
         let bytes = read(&*file).map_err(|source| io_error("reading", &path, source))?;
+
+        // One that can't be read counts as none: the digest alone decides what is believed.
         let redo = whole(&bytes).and_then(|body| codec::decode::<Redo>(body, "a redo file").ok());
         Ok(redo.filter(|redo| redo.record.key == key))
     }
@@ -158,6 +160,8 @@ impl RedoFile {
         bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
         bytes.extend_from_slice(&xxh3_64(&body).to_le_bytes());
         bytes.extend_from_slice(&body);
+
+        // The end of a longer one stays behind a shorter, so the file never gets smaller here.
         self.bytes_len = self.bytes_len.max(bytes.len() as u64);
         self.file
             .write_at(&bytes, 0)

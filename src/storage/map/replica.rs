@@ -192,6 +192,8 @@ impl ReplicaMap {
     pub fn apply(&self, batch: WriteBatch, applied: Applied) -> Result<(), StoreError> {
         let replica = &self.replica;
         replica.check()?;
+
+        // Keys are in order, so the first one tells for all.
         let reserved = batch
             .iter()
             .next()
@@ -205,6 +207,9 @@ impl ReplicaMap {
                     replica.key
                 )));
             }
+
+            // Table and position change under one lock, so a frozen table ends exactly at its
+            // position.
             let before = tables.active.bytes();
             tables.active.apply(batch);
             tables.applied = applied;
@@ -300,6 +305,7 @@ impl ReplicaMap {
 
     async fn wait_until(&self, done: impl Fn(&ReplicaMapInner) -> bool) {
         loop {
+            // Registered before the look, or a change in between would be missed.
             let changed = self.replica.shared.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
@@ -420,6 +426,7 @@ impl ReplicaMapInner {
             })
         };
         free().or_else(|| {
+            // The one thread for checkpoints must not wait for a scan, which may take long.
             self.checkpoint_missed.store(true, Ordering::Release);
             // It may have been given back just before that was said.
             free()
@@ -504,10 +511,13 @@ impl ReplicaMapInner {
     }
 
     fn queue_when_synced(self: &Arc<Self>, frozen: Arc<ImmutableMemtable>) {
+        // Nothing was applied, so the log has nothing to sync.
         let Some(log_id) = frozen.applied.log_id else {
             frozen.synced.store(true, Ordering::Release);
             return self.queue();
         };
+
+        // Weak, because a log that waits for its disk must not keep a closed map alive.
         let replica = Arc::downgrade(self);
         let done = move |result: std::io::Result<()>| {
             let replica = replica.upgrade();
@@ -526,6 +536,9 @@ impl ReplicaMapInner {
                 }
             }
         };
+
+        // openraft applies what a quorum has synced. This disk may not have it yet, and may lose
+        // it.
         self.synced.on_synced(log_id, Box::new(done));
     }
 
@@ -540,6 +553,7 @@ impl ReplicaMapInner {
     /// Does the queued checkpoint, unless another has it locked: there is one thread for the
     /// checkpoints of all replicas, which waits for none of them.
     pub fn checkpoint(self: &Arc<Self>) {
+        // Cleared first, so that a table frozen from here on queues another checkpoint.
         self.queued.store(false, Ordering::Release);
         let Some(mut writer) = self.try_lock_writer() else {
             return;
@@ -624,6 +638,8 @@ impl ReplicaMapInner {
             none => none.insert(self.shared.redo.file(self.key)?),
         };
         file.write(&redo)?;
+
+        // Before the tree changes, because the check subtracts the old values.
         if let Some(check) = &mut writer.check
             && let Err(error) = check.follow(tree, &redo.changes)
         {
@@ -651,6 +667,8 @@ impl ReplicaMapInner {
     /// Notes the digest of the tree if it is that which was asked for.
     fn note_digest(&self, record: &TreeRecord) {
         let mut digests = self.digests.lock();
+
+        // Digests are compared at one entry only: one of a later state says nothing.
         if let Some(wanted) = digests
             .wanted
             .filter(|wanted| record.applied.log_id == Some(*wanted))
@@ -703,9 +721,13 @@ fn redo_of(
     let (mut changes, mut hasher) = (Vec::new(), PairHasher::default());
     for (key, change) in frozen.table.iter() {
         let old = tree.get(key)?;
+
+        // Left out: a write that changes nothing still costs the tree and the redo file.
         if old == *change {
             continue;
         }
+
+        // The digest is a sum, so the old pair has to be taken out of it.
         if let Some(old) = old {
             record.digest.subtract(hasher.hash(key, &old));
             map_bytes = map_bytes.saturating_sub(pair_bytes(key, &old));

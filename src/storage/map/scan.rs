@@ -74,6 +74,7 @@ pub(super) fn scan(
 ) -> Result<Scanned, StoreError> {
     let mut crowded_scans = 0;
     loop {
+        // While the writer is locked the tree stands still, so the scan shows one moment.
         let mut writer = replica.lock_writer_last();
         replica.freeze_rest();
         replica.checkpoint_ready(&mut writer)?;
@@ -174,6 +175,8 @@ pub(super) fn publish(
     snapshot: Snapshot,
 ) -> Result<Snapshot, StoreError> {
     let mut current_snapshot = replica.lock_current_snapshot();
+
+    // Wiping takes this lock too, so no file appears of a replica that is gone.
     replica.check()?;
     if let Some(newer) = current_snapshot
         .as_ref()

@@ -135,6 +135,7 @@ impl MapStore {
         key: ReplicaKey,
         synced: Arc<dyn Synced>,
     ) -> Result<ReplicaMap, StoreError> {
+        // Claimed before anything is read: two openings would drop each other's trees.
         let claim = MapClaim::new(&self.shared, key)?;
         let found = open::open_map(
             &*self.shared.trees,
@@ -188,10 +189,14 @@ impl MapStore {
             .lock_replicas()
             .get(&key)
             .and_then(Weak::upgrade);
+
+        // Locked to the end, so that no checkpoint writes to a tree that is being dropped.
         let _pen = open.as_ref().map(|replica| {
             replica.retire();
             replica.lock_writer_first()
         });
+
+        // Also to the end: a scan that is under way publishes under this lock, and finds it wiped.
         let mut current_snapshot = open.as_ref().map(|replica| replica.lock_current_snapshot());
         if let Some(current_snapshot) = &mut current_snapshot {
             **current_snapshot = None;
@@ -223,6 +228,8 @@ impl MapStore {
             };
             let mut writer = replica.lock_writer_first();
             replica.freeze_rest();
+
+            // Nothing is lost: the next start applies it again from the log.
             if let Err(error) = replica.checkpoint_ready(&mut writer) {
                 tracing::debug!(replica = %replica.key, %error, "a map was not written down at the \
                     stop");
@@ -334,6 +341,8 @@ impl Checkpointer {
 
     fn work(&self, job: CheckpointJob) {
         self.shared.beat.step();
+
+        // A watchdog tells from this whether a job hangs or there is none.
         self.shared.at_work.store(true, Ordering::Relaxed);
         match job {
             CheckpointJob::Checkpoint(replica) => {
@@ -390,6 +399,7 @@ impl MapStoreInner {
     }
 
     fn relieve(&self) {
+        // Cleared first, so that whoever outgrows the limit from here on asks again.
         self.relieving.store(false, Ordering::Release);
         self.relieve_clean();
         if self.active_bytes.get() <= self.options.node_bytes_max / 2 {
@@ -403,6 +413,7 @@ impl MapStoreInner {
             .collect();
         by_bytes.sort_by_key(|(bytes, replica)| (std::cmp::Reverse(*bytes), replica.key));
         for (_, replica) in by_bytes {
+            // Well below the limit, or the next change would ask for relief again.
             if self.active_bytes.get() <= self.options.node_bytes_max / 4 {
                 break;
             }
@@ -428,6 +439,8 @@ impl MapClaim {
                 source,
             });
         }
+
+        // Taken at once. Nobody finds the map before it is open.
         replicas.insert(key, Weak::new());
         Ok(Self {
             shared: shared.clone(),

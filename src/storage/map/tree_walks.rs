@@ -29,6 +29,7 @@ pub(super) struct TreeCopy {
 impl TreeCopy {
     /// Has the copy follow what a checkpoint changed in the tree.
     pub fn follow(&mut self, changes: &[(Bytes, Option<Bytes>)]) -> Result<(), StoreError> {
+        // Later keys are copied with their own page, as they are then.
         for (key, change) in changes.iter().filter(|(key, _)| *key < self.next) {
             if let Some(old) = self.tree.get(key)? {
                 self.digest.subtract(self.hasher.hash(key, &old));
@@ -60,6 +61,8 @@ impl TreeCopy {
             pairs += 1;
             bytes += pair_bytes(&key, &value);
             self.bytes += pair_bytes(&key, &value);
+
+            // The key right after this one.
             self.next = [&key[..], &[0]].concat().into();
         }
         Ok(false)
@@ -106,6 +109,7 @@ impl TreeCheck {
         tree: &dyn Tree,
         pairs_max: usize,
     ) -> Result<CheckedPage, StoreError> {
+        // Begun anew for each page: the writer is unlocked in between, and the tree may change.
         let rest = KeyRange {
             start: self.next.clone(),
             end: None,
