@@ -4,6 +4,8 @@
 #   scripts/simulate.sh --seed S                one life, told line by line
 #   scripts/simulate.sh --seeds N --minutes M   many, until N were run or M minutes are over
 #   --faults kill,pause,partition,…             only these may happen; --help names them all
+#   --mutants                                   lists faults that can be put into nodes
+#   --mutant NAME --seeds N                     puts one in: ends with 1 once it is found
 #
 # Ends with 0 where nothing was wrong, 1 where something was, 2 where it could not run. The build is
 # in a target directory of its own (target/simulate, or $QUORATE_SIM_TARGET), since it needs tokio's

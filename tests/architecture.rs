@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     ("types", &[]),
     ("blocking", &[]),
+    ("mutants", &[]),
     ("budget", &[]),
     ("error", &["types"]),
     ("telemetry", &["types"]),
@@ -23,6 +24,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "storage",
         &[
+            "mutants",
             "blocking",
             "types",
             "error",
@@ -36,6 +38,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "raft",
         &[
+            "mutants",
             "blocking",
             "types",
             "budget",

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
+use quorate::mutants::Mutant;
+use quorate::mutants::testing as mutants;
 
 use world::determinism::real_now;
 use world::run::{Fault, Life, simulate};
@@ -35,6 +37,12 @@ struct Arguments {
     /// The first of the seeds.
     #[arg(long, default_value_t = 1)]
     first: u64,
+    /// Puts this fault into the nodes, to see whether it is found.
+    #[arg(long)]
+    mutant: Option<String>,
+    /// Lists the faults that can be put into nodes.
+    #[arg(long)]
+    mutants: bool,
     /// What may go wrong; all of it if none is named.
     #[arg(long, value_enum, value_delimiter = ',')]
     faults: Option<Vec<Fault>>,
@@ -55,32 +63,50 @@ fn main() -> ExitCode {
             .with_writer(std::io::stderr)
             .init();
     }
+    // Without a backtrace, which is not the same in every build.
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let mut faults = arguments
         .faults
         .clone()
         .unwrap_or_else(|| Fault::ALL.to_vec());
     faults.sort();
     faults.dedup();
+    if arguments.mutants {
+        for (name, _, what) in mutants::ALL {
+            println!("{name}  {what}");
+        }
+        return ExitCode::SUCCESS;
+    }
+    let mutant = match &arguments.mutant {
+        None => None,
+        Some(asked) => match mutants::ALL.iter().find(|(name, ..)| name == asked) {
+            Some((_, mutant, _)) => Some(*mutant),
+            None => {
+                eprintln!("there is no mutant {asked}: --mutants lists them");
+                return ExitCode::from(2);
+            }
+        },
+    };
     match arguments.seed {
-        Some(seed) => one(seed, &faults),
-        None => many(&arguments, faults),
+        Some(seed) => one(seed, &faults, mutant),
+        None => many(&arguments, faults, mutant),
     }
 }
 
 /// Runs one seed in a thread of its own, whose source of entropy nobody has used yet.
-fn live(seed: u64, faults: &[Fault]) -> Option<Life> {
+fn live(seed: u64, faults: &[Fault], mutant: Option<Mutant>) -> Option<Life> {
     let faults = faults.to_vec();
     let thread = std::thread::Builder::new()
         .name(format!("seed-{seed}"))
         .stack_size(16 << 20)
-        .spawn(move || simulate(seed, &faults));
+        .spawn(move || simulate(seed, &faults, mutant));
     thread.ok()?.join().ok()
 }
 
-fn one(seed: u64, faults: &[Fault]) -> ExitCode {
+fn one(seed: u64, faults: &[Fault], mutant: Option<Mutant>) -> ExitCode {
     let is_over = Arc::new(AtomicBool::new(false));
     watch(seed, &is_over);
-    let Some(life) = live(seed, faults) else {
+    let Some(life) = live(seed, faults, mutant) else {
         eprintln!("seed {seed} could not be run");
         return ExitCode::from(2);
     };
@@ -108,7 +134,7 @@ fn watch(seed: u64, is_over: &Arc<AtomicBool>) {
     });
 }
 
-fn many(arguments: &Arguments, faults: Vec<Fault>) -> ExitCode {
+fn many(arguments: &Arguments, faults: Vec<Fault>, mutant: Option<Mutant>) -> ExitCode {
     let began = real_now();
     let time = match arguments.minutes {
         Some(minutes) if minutes.is_finite() && minutes >= 0.0 => {
@@ -130,10 +156,11 @@ fn many(arguments: &Arguments, faults: Vec<Fault>) -> ExitCode {
     };
     let workers = std::thread::available_parallelism().map_or(1, |count| count.get());
     let next = Arc::new(AtomicU64::new(0));
+    let is_caught = AtomicBool::new(false);
     let results: Vec<Total> = std::thread::scope(|scope| {
         let work = || {
             let mut total = Total::default();
-            while real_now().saturating_sub(began) < time {
+            while real_now().saturating_sub(began) < time && !is_caught.load(Ordering::Relaxed) {
                 let nth = next.fetch_add(1, Ordering::Relaxed);
                 if nth >= seeds {
                     break;
@@ -141,7 +168,11 @@ fn many(arguments: &Arguments, faults: Vec<Fault>) -> ExitCode {
                 let seed = arguments.first.wrapping_add(nth);
                 let is_over = Arc::new(AtomicBool::new(false));
                 watch(seed, &is_over);
-                total.add(seed, live(seed, &faults));
+                total.add(seed, live(seed, &faults, mutant));
+                // A mutant is to be caught once.
+                if mutant.is_some() && total.violations > 0 {
+                    is_caught.store(true, Ordering::Relaxed);
+                }
                 is_over.store(true, Ordering::Relaxed);
             }
             total

@@ -22,6 +22,7 @@ use super::types::{
     RaftEntry, RaftLogId, RaftVoteOf, Types, entry_from_raft, entry_to_raft, from_raft, to_raft,
     vote_from_raft, vote_to_raft,
 };
+use crate::mutants::{self, Mutant};
 use crate::storage::log::{Done, ReplicaLog};
 use crate::storage::map::{OnSynced, Synced};
 use crate::types::LogId;
@@ -211,6 +212,9 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &RaftVoteOf) -> io::Result<()> {
+        if mutants::is_on(Mutant::VoteNotWritten) {
+            return Ok(());
+        }
         let vote = vote_from_raft(vote);
         let saved = self.log.state().vote;
         assert!(

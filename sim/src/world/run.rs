@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use quorate::api::view_change::{ReplicationFactor, Shards, ViewChange};
+use quorate::mutants::Mutant;
 use quorate::sm::cluster::view::PlacementSpec;
 use quorate::types::Address;
 use quorate_sim::linearizable;
@@ -113,9 +114,10 @@ struct World {
 }
 
 /// Runs the life of a seed in this thread, which must be a new one.
-pub fn simulate(seed: u64, faults: &[Fault]) -> Life {
+pub fn simulate(seed: u64, faults: &[Fault], mutant: Option<Mutant>) -> Life {
     determinism::begin(seed);
     quorate::blocking::testing::do_inline();
+    quorate::mutants::testing::put_in(mutant);
     let mut world = World::new(seed, faults);
     if let Err(violation) = world.live() {
         world.tell(&format!("violation: {violation}"));
@@ -304,10 +306,20 @@ impl World {
                     Fault::Power => End::PowerCut,
                     _ => End::Kill,
                 };
-                self.tell(&format!("{end:?} node {index}"));
-                self.hosts[index].end(end);
-                let down_ms = self.random.between(50, 6000);
-                self.plan(down_ms, Event::Restart(index));
+                // Power may fail for all at once.
+                let is_blackout = fault == Fault::Power && self.random.percent(30);
+                let struck = match is_blackout {
+                    true => 0..nodes,
+                    false => index..index + 1,
+                };
+                for index in struck {
+                    if self.hosts[index].is_up() && !self.paused[index] {
+                        self.tell(&format!("{end:?} node {index}"));
+                        self.hosts[index].end(end);
+                        let down_ms = self.random.between(50, 6000);
+                        self.plan(down_ms, Event::Restart(index));
+                    }
+                }
             }
             Fault::Pause => {
                 if !self.hosts[index].is_up() || self.paused[index] {

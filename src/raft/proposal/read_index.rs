@@ -14,6 +14,7 @@ use openraft::errors::{ForwardReason, LinearizableReadError, RaftError};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
+use crate::mutants::{self, Mutant};
 use crate::raft::apply_state::ApplyState;
 use crate::raft::errors::{ReadError, SHUT_DOWN};
 use crate::raft::state_machine::RaftHandle;
@@ -60,6 +61,9 @@ impl ReadIndex {
 
     /// Waits until everything that was acknowledged before the call can be read here.
     pub async fn confirm(&self, deadline: Instant) -> Result<(), ReadError> {
+        if mutants::is_on(Mutant::ReadByDeposedLeader) {
+            return Ok(());
+        }
         loop {
             let confirmed = self.join()?;
             match tokio::time::timeout_at(deadline, confirmed).await {

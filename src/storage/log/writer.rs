@@ -26,6 +26,7 @@ use super::replay::{Replayed, replay};
 use super::replica_state::ReplicaLogInner;
 use super::segment::{ActiveSegment, PreparedSegment, SegmentFiles};
 use super::{Done, Expect, LogEntry, LogFailure, LogOptions, OpenLogError, with_context};
+use crate::mutants::{self, Mutant};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, ensure_dir};
 use crate::types::{GroupId, LogId, ReplicaId};
@@ -424,9 +425,11 @@ impl LogWriter {
         // A failed sync is final: the kernel may drop the pages, and the next sync would succeed
         // without them.
         let began = Instant::now();
-        self.active.file.sync().map_err(|error| {
-            with_context(error, format_args!("sync {}", self.active.path.display()))
-        })?;
+        if !mutants::is_on(Mutant::AnswerBeforeSync) {
+            self.active.file.sync().map_err(|error| {
+                with_context(error, format_args!("sync {}", self.active.path.display()))
+            })?;
+        }
         self.shared
             .count_batch(records, self.buffer.len() as u64, began.elapsed());
 
