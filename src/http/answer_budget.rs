@@ -32,9 +32,13 @@ pub fn charge(response: Response, answers: &Arc<Budget>) -> Result<Response, Box
         .size_hint()
         .exact()
         .and_then(|bytes| usize::try_from(bytes).ok());
+
+    // A body without an exact length is streamed, and its pieces are charged as they are made.
     let Some(bytes) = bytes.filter(|bytes| *bytes > UNCHARGED_BYTES_MAX) else {
         return Ok(response);
     };
+
+    // Charged twice, a large value would take its room twice over.
     if response.extensions().get::<AlreadyCharged>().is_some() {
         return Ok(response);
     }

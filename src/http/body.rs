@@ -77,6 +77,8 @@ impl BodyLimit {
 
 /// Returns `body` unless it is declared too large. Nothing of it is read.
 pub fn admit(parts: &Parts, body: Body, limit: BodyLimit) -> Result<Body, Problem> {
+    // The lower bound is the stated length, or 0 for a body in chunks, which is bounded as it is
+    // read.
     if body.size_hint().lower() > limit.bytes_max as u64 {
         discard(parts, body);
         return Err(limit.exceeded());
@@ -97,6 +99,7 @@ pub async fn read(
     match collect(&mut body, limit, limits, &mut share).await {
         Ok(bytes) => Ok(BodyBytes { bytes, share }),
         Err(problem) => {
+            // What was read is gone already: its room must not wait for the rest to be thrown away.
             drop(share);
             discard(parts, body);
             Err(problem)
@@ -136,11 +139,14 @@ async fn collect(
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
         };
         let bytes = buffer.len() + data.len();
+
+        // A body in chunks states no length, so its bound is held at each piece.
         if bytes > limit.bytes_max {
             return Err(limit.exceeded());
         }
 
         if bytes > buffer.capacity() {
+            // Where the length is known, the buffer grows no further than that and the limit.
             let left =
                 usize::try_from(body.size_hint().upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
             let capacity = buffer_capacity(bytes, buffer.len(), left.min(limit.bytes_max - bytes));
@@ -211,6 +217,8 @@ pub fn discard(parts: &Parts, mut body: Body) {
     {
         return;
     }
+
+    // The connection must not take what is thrown away for the head of its next request.
     let discarding = parts
         .extensions
         .get::<ClientInfo>()

@@ -122,6 +122,9 @@ impl Metrics {
         self.each(|dialect, method, series| {
             for (class, count) in CLASSES.iter().zip(&series.classes) {
                 let count = count.load(Ordering::Relaxed);
+
+                // Most pairs of dialect, method and class never occur, and each series costs its
+                // readers.
                 if count > 0 {
                     text.sample(
                         &[("dialect", dialect), ("method", method), ("status", class)],
@@ -230,6 +233,9 @@ fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Reques
         .iter()
         .map(|count| count.load(Ordering::Relaxed))
         .collect();
+
+    // Of the counts that were read, not of a counter beside them: requests end while this is read,
+    // and the last bucket must equal the count.
     let total: u64 = counts.iter().sum();
     if total == 0 {
         return;
@@ -328,6 +334,8 @@ impl<'a> RequestTimer<'a> {
                 .unwrap_or_else(|unfit| self.refuse(*unfit, answers)),
             None => response,
         };
+
+        // The fixed dialects have no codes, so only problems are counted.
         let code = response.extensions().get::<ProblemCode>();
         self.problem = code.and_then(|ProblemCode(code)| {
             Code::ALL.iter().position(|known| known.as_str() == *code)
@@ -348,6 +356,7 @@ impl RequestTimer<'_> {
             (Dialect::Native | Dialect::Peer | Dialect::Other, true) => {
                 Problem::from(failure).into_response()
             }
+            // The write may have been done, so the client must not take this for "not done".
             (Dialect::Native | Dialect::Peer, false) => {
                 let reason = format!("there was no room to tell the answer: {failure}");
                 Problem::from(Failure::Unknown { reason }).into_response()
@@ -383,6 +392,8 @@ impl Drop for RequestTimer<'_> {
         );
         let key_hash = self.key_hash.map(tracing::field::display);
         let client = self.client.map(tracing::field::display);
+
+        // A client can make any number of slow requests, and the log must not grow with them.
         let left_out = if elapsed > self.slow {
             SLOW[self.dialect as usize].due()
         } else {

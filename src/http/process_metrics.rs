@@ -71,6 +71,7 @@ pub fn collect(text: &mut Exposition) {
         1,
     );
 
+    // What the machine does not tell is left out: a 0 would look like a measurement.
     let mut gauge = |name: &str, help: &str, value: Option<f64>| {
         let Some(value) = value else { return };
         text.family(name, MetricKind::Gauge, help);

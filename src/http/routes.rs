@@ -35,6 +35,7 @@ pub fn router(app: App) -> Router {
             "/v1/node/scrub",
             get(native::scrub_status).post(native::begin_scrub),
         );
+    // A gateway has no replicas, so there is nothing that a node could ask of it.
     if let Some(peers) = &app.peers {
         router = router.merge(peer::routes(Arc::clone(peers)));
     }
@@ -47,6 +48,7 @@ pub fn router(app: App) -> Router {
 
 /// Handles routes whose rest is a key, and everything unknown.
 async fn dispatch_by_prefix(State(app): State<SharedApp>, request: Request) -> Response {
+    // The native dialect first: it is the hot path.
     if request.uri().path().starts_with(native::KEY_PREFIX) {
         return native::kv(&app, request).await;
     }

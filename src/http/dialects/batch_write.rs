@@ -91,6 +91,8 @@ pub async fn write(store: &dyn Store, pairs: &[Pair]) -> BatchOutcome {
             };
         }
     };
+
+    // By the map of this moment. Where a slot moves meanwhile, the store splits the entry again.
     let mut shards: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
     for (index, pair) in pairs.iter().enumerate() {
         shards
@@ -132,6 +134,7 @@ async fn write_shard(store: &dyn Store, pairs: &[Pair], indices: Vec<usize>) -> 
         let has_answered = answers.is_some();
         let EntryOutcome { retry, unfinished } =
             outcome.record_answers(&entry, answers.unwrap_or_default());
+        // Back to the front, in their order: of pairs with one key the last must win.
         for index in retry.into_iter().rev() {
             rest.push_front(index);
         }
@@ -176,6 +179,9 @@ async fn write_entry<'a>(
             ..options()
         }
     ));
+
+    // While there is a quorum a slow write is waited for: of one that is dropped nobody knows the
+    // end.
     loop {
         match timeout(QUORUM_CHECK_AFTER, &mut write).await {
             Ok(answers) => return Some(answers),
@@ -198,6 +204,7 @@ async fn has_quorum(store: &dyn Store, key: &Bytes, patience: Duration) -> bool 
         )
         .await
     {
+        // A shard that refuses for having too much to do is there, and will take more later.
         Ok(_) | Err(Failure::Overloaded { .. }) => true,
         Err(_) => false,
     }
@@ -227,12 +234,17 @@ impl BatchOutcome {
                     continue;
                 }
                 Some(Err(WriteFailure::Failed(failure))) => failure.clone(),
+                // Without conditions and idempotency keys no rejection is final, so none is
+                // expected here.
                 Some(Err(WriteFailure::Rejected(_))) | None => unanswered(),
             };
             match &failure {
+                // Certainly not done, so it can be tried again.
                 Failure::Overloaded { .. }
                 | Failure::Unavailable { .. }
                 | Failure::Elsewhere { .. } => entry_outcome.retry.push(*index),
+                // An unknown pair may be stored after a later one of the same key, so it is only
+                // reported.
                 Failure::Unknown { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
                     self.fail(*index, failure.clone().into());
                 }

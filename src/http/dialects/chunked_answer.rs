@@ -126,6 +126,8 @@ impl KeyLookup {
             return Ok(None);
         };
         self.next += 1;
+
+        // It is not asked for, but has its place in the answer.
         if key.is_empty() {
             return Ok(Some((index, None)));
         }
@@ -140,6 +142,7 @@ impl KeyLookup {
     }
 
     async fn read_from(&mut self, index: usize) -> Result<(), Failure> {
+        // The first key is taken whatever its length, or the lookup would get no further.
         let (mut bytes, mut count) = (0, 0);
         let wanted = self.keys[index..].iter().filter(|key| !key.is_empty());
         let keys: Vec<Bytes> = wanted
@@ -158,6 +161,9 @@ impl KeyLookup {
             keys_only: self.keys_only,
         };
         let records = self.store.get_many(request, options()).await?;
+
+        // Values are large where fewer came than were asked for: what did not fit is asked for
+        // twice.
         self.window = if records.len() < requested {
             2 * records.len()
         } else {

@@ -168,6 +168,8 @@ pub async fn set(app: &App, body: BodyBytes) -> Result<Response, DialectError> {
         EncodedPairs::read(&body, &limits).map(|batch| (batch, body))
     })
     .await;
+
+    // The keys are parts of the body, so its charge is kept until the answer is made.
     let (batch, _body) = batch?;
     let outcome = batch_write::write(&*app.store, &batch.pairs).await;
     let failed: Vec<&[u8]> = outcome

@@ -61,6 +61,9 @@ impl<'de: 'a, 'a, N: MemberNames> serde::Deserialize<'de> for PairObject<'a, N> 
                     second: None,
                     names: PhantomData,
                 };
+
+                // Members that nobody looks at may be large, so they are skipped without being
+                // built.
                 while let Some(JsonText(name)) = map.next_key()? {
                     if name == N::FIRST {
                         object.first = Some(map.next_value()?);
@@ -87,6 +90,7 @@ pub fn read<'a, T: serde::Deserialize<'a>>(
     json: &'a [u8],
     each: impl FnMut(T) -> Result<(), DialectError>,
 ) -> Result<(), DialectError> {
+    // serde's errors carry text alone, so a refusal with its status goes round it.
     let mut refusal = None;
     let list = ListVisitor {
         each,
@@ -185,6 +189,7 @@ impl<T> BudgetedVec<T> {
     /// 429 where the budget is spent: hence the small steps.
     pub fn push(&mut self, element: T, limits: &Limits) -> Result<(), DialectError> {
         if self.list.len() == self.list.capacity() {
+            // By a quarter and not to the double: all of the capacity is charged.
             let more = (self.list.len() / 4).max(CAPACITY_MIN);
             if !self.share.grow(more * size_of::<T>()) {
                 return Err(body::overloaded(limits).into());

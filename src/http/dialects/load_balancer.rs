@@ -142,6 +142,7 @@ fn parse(body: &Bytes) -> Result<(Media, Bytes), DialectError> {
             let text: JsonText<'_> = serde_json::from_str(json).map_err(bad)?;
             (Media::Text, text.into_bytes(body))
         }
+        // JSON is kept as it was sent: numbers and the order of members would not survive parsing.
         _ => (Media::Json, body.slice_ref(json.as_bytes())),
     };
     let is_empty = match json.as_bytes() {
@@ -181,6 +182,7 @@ async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, DialectEr
 /// Returns the value of a key. Two nodes are no quorum when one of them is down; then the other
 /// answers from its own copy, and says how old that is.
 async fn find(app: &App, key: Bytes) -> Result<GetOutcome, Failure> {
+    // A stale read helps only where one of two copies is left.
     let Some(shard) = shard_on_two_nodes(app, &key).await? else {
         return app.store.get(key, options()).await;
     };
@@ -224,6 +226,7 @@ async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<GetOutcome,
         )
         .await;
     match &found {
+        // The next request gets the full time again.
         Ok(_) => app.quorum_timeouts.record_answer(shard),
         Err(failure) if is_no_answer(failure) => app.quorum_timeouts.record_timeout(shard),
         Err(_) => {}

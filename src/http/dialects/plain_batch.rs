@@ -71,6 +71,8 @@ fn read_pairs(body: &BodyBytes, limits: &Limits) -> Result<BudgetedVec<Pair>, Di
             Some(value) if value.get().starts_with('"') => read_text(value, &body.bytes)?,
             Some(_) | None => Bytes::new(),
         };
+
+        // Found while the list is read: nothing of it is stored yet.
         if value.len() > limits.value_bytes_max {
             let error = format!("a value is at most {} bytes", limits.value_bytes_max);
             return Err(DialectError::new(StatusCode::PAYLOAD_TOO_LARGE, error));
@@ -199,6 +201,7 @@ impl PlainGetChunks {
                 Ok(Stage::Existing { count: count + 1 })
             }
             Some((index, None)) => {
+                // The answer lists missing keys last, and the existing ones are streamed meanwhile.
                 self.missing.push(index);
                 Ok(Stage::Existing { count })
             }

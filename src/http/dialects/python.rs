@@ -11,6 +11,7 @@ use unicode_properties::{GeneralCategory, GeneralCategoryGroup, UnicodeGeneralCa
 
 /// Returns what Python prints of a JSON text. None if it is not JSON.
 pub fn print(json: &str) -> Option<String> {
+    // All that follows relies on the text being valid JSON.
     serde_json::from_str::<IgnoredAny>(json).ok()?;
     let json = json.trim_ascii();
     if json.starts_with('"') {
@@ -73,6 +74,7 @@ fn tape(json: &str) -> Vec<Token> {
                 tape.push(Token { at, next });
                 at += 1;
             }
+            // Known only now: with it a container is skipped without looking at what is in it.
             b'}' | b']' => {
                 let end = tape.len();
                 if let Some(container) = open.pop().and_then(|index: usize| tape.get_mut(index)) {
@@ -257,6 +259,8 @@ fn code_points(literal: &str) -> impl Iterator<Item = u32> {
                 let unit = take_unit(&mut chars)?;
                 let mut ahead = chars.clone();
                 match (unit, ahead.next(), ahead.next()) {
+                    // Beyond the basic plane JSON spells a character as two units. Looked at ahead,
+                    // because the second escape may be no such half.
                     (0xD800..0xDC00, Some('\\'), Some('u')) => match take_unit(&mut ahead) {
                         Some(low @ 0xDC00..0xE000) => {
                             chars = ahead;

@@ -133,6 +133,9 @@ impl<'de> Deserialize<'de> for Revisions {
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Revisions, A::Error> {
                 let mut revisions = Vec::new();
+
+                // Refused while it is read: a list as long as a body may be would take several
+                // times that in memory.
                 while let Some(number) = items.next_element()? {
                     if revisions.len() == REVISIONS_MAX {
                         return Err(A::Error::custom(format!(
@@ -179,6 +182,9 @@ impl<'de> Deserialize<'de> for Operations {
                         });
                     };
                     list.push(item);
+
+                    // Bounded over the whole batch too: each condition may be within its bound, and
+                    // all not.
                     revisions += list.last().map_or(0, OperationJson::revisions);
                     if revisions > REVISIONS_IN_ALL_MAX {
                         let reason = format!(
@@ -188,6 +194,8 @@ impl<'de> Deserialize<'de> for Operations {
                         return Err(A::Error::custom(reason));
                     }
                 }
+
+                // The rest is only counted, for the error: kept, it would take ten times the body.
                 let mut count = list.len();
                 while items.next_element::<IgnoredAny>()?.is_some() {
                     count += 1;
@@ -221,6 +229,8 @@ async fn run(
     let body = body::read(parts, body, limit, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let idempotency_key = idempotency_key(&parts.headers)?;
+
+    // What parsing makes of a body is larger than the body, so it is paid for beforehand.
     let mut made = body.new_share();
     if !made.grow(body.len() + (body.len() * MADE_PER_BYTE).min(MADE_MAX)) {
         return Err(body::overloaded(&app.limits));
@@ -232,6 +242,8 @@ async fn run(
     {
         timer.mark_read_only();
     }
+
+    // The store consumes the operations, and the results name their keys.
     let keys: Vec<Bytes> = operations
         .iter()
         .map(|operation| operation.key.clone())
@@ -265,6 +277,8 @@ fn parse(body: &[u8], limits: &Limits) -> Result<Vec<Operation>, Problem> {
         .map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?;
     let Operations { list, count } = batch.operations;
     let count_max = limits.batch_operations_max.min(PARSED_MAX);
+
+    // The count and not the list: the list ends at the bound.
     if count > count_max {
         let detail = format!("a batch is at most {count_max} operations, and this one has {count}");
         return Err(Problem::new(Code::TooLarge, detail).extension("limit_operations", count_max));
@@ -406,6 +420,8 @@ fn answer(keys: &[Bytes], written: &[Written]) -> Response {
     let unknown = undone
         .iter()
         .find(|problem| problem.code() == Code::UnknownOutcome.as_str());
+
+    // An unknown outcome outweighs all else: a client that sends the batch again may do it twice.
     let mut problem = match (unknown, undone.first()) {
         (_, None) => return json(StatusCode::OK, &body),
         (Some(unknown), _) => unknown.clone(),
@@ -466,6 +482,7 @@ fn result(position: usize, key: &Bytes, written: &Written) -> Value {
             revision: Some(revision),
         }) => merged(200, object!({ "revision": revision })),
         Err(WriteFailure::Rejected(WriteRejection::ConditionFailed { operation, .. }))
+            // Another operation's condition failed, and a shard does all of its operations or none.
             if *operation != position =>
         {
             failed(Code::NotApplied, object!({ "failed_operation": operation }))

@@ -69,6 +69,8 @@ async fn transfer(
     let body = body::read(parts, body, TRANSFER_BODY, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let shard = shard(parts.uri.path())?;
+
+    // Without a body it is the usual request: the shard goes back to its home.
     let transfer: TransferBody = if body.is_empty() {
         TransferBody::default()
     } else {
@@ -93,6 +95,8 @@ fn shard(path: &str) -> Result<GroupId, Problem> {
         .strip_prefix(SHARD_PREFIX)
         .and_then(|rest| rest.strip_suffix(LEADER_SUFFIX))
         .unwrap_or_default();
+
+    // Rust's parser would take a plus sign too.
     let digits = name.bytes().all(|byte| byte.is_ascii_digit());
     let number = if digits { name.parse().ok() } else { None };
     number.map(GroupId).ok_or_else(|| {

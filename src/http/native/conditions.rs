@@ -118,6 +118,9 @@ fn tags(
         return Ok(None);
     }
     let bad = |reason: &str| Problem::new(Code::InvalidHeader, format!("{name} {reason}"));
+
+    // Foreign tags count too: a list of them alone is a condition that matches nothing, not none at
+    // all.
     let (mut any, mut count, mut revisions) = (false, 0, Vec::new());
     for line in lines {
         let mut rest = line.as_bytes().trim_ascii();
@@ -180,6 +183,8 @@ fn tag_at(text: &[u8]) -> Option<(EntityTag<'_>, &[u8])> {
 /// Returns the revision that a tag stands for, if it could be one of ours.
 fn revision(opaque: &[u8]) -> Option<Revision> {
     let text = std::str::from_utf8(opaque).ok()?;
+
+    // Tags compare as text, so `"007"` is not the tag of revision 7.
     let number: u64 = text.parse().ok()?;
     (number.to_string() == text).then_some(Revision(number))
 }

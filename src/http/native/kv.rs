@@ -73,6 +73,8 @@ async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> 
         Ok(found) => found,
         Err(failure) => return Ok(problem::respond(failure, &parts.uri)),
     };
+
+    // A missing key is 404 whatever the conditions say (RFC 9110, section 13.2.1).
     let mut response = match found.record {
         None => missing().into_response(),
         Some(record) => match conditions.read_decision(record.revision) {
@@ -83,6 +85,8 @@ async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> 
                 tagged(StatusCode::NOT_MODIFIED, record.revision, Body::empty())
             }
             ReadDecision::Answer => {
+                // The value was charged when it was read, and its bytes carry that charge to the
+                // socket.
                 let large = record.value.len() > UNCHARGED_BYTES_MAX;
                 let mut response =
                     tagged(StatusCode::OK, record.revision, Body::from(record.value));
@@ -186,6 +190,8 @@ async fn route(app: &App, key: Bytes, options: Options) -> Result<Options, Failu
     if options.routing == Routing::Proxy {
         return Ok(options);
     }
+
+    // Locating may wait for a leader. The write has what is left of the client's time.
     let began = Instant::now();
     app.store.locate(key, options).await?;
     let timeout = options.timeout.saturating_sub(began.elapsed());

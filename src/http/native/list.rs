@@ -164,6 +164,8 @@ impl Cursor {
             }
             _ => return Err(bad()),
         };
+
+        // A client can make up the key in a cursor, so it need not lie in the range.
         let inside = range.start <= *key && range.end.as_ref().is_none_or(|end| *key < **end);
         match (inside, self.reverse) {
             (false, _) => Err(bad()),

@@ -49,6 +49,9 @@ impl Query {
             wait: None,
             dry_run: false,
         };
+
+        // Unknown and repeated parameters are refused: a misspelt `consistency` would be ignored in
+        // silence.
         let mut seen: Vec<&str> = Vec::new();
         for pair in query
             .unwrap_or_default()

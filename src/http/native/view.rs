@@ -62,6 +62,9 @@ async fn requested_view(app: &App, uri: &Uri) -> Result<Response, Problem> {
         Err(failure) => return Ok(problem::respond(failure, uri)),
     };
     let replication_factor = status.asked.replication_factor;
+
+    // What was asked, not what came of it: sent back as a change, it must not fix what was left
+    // open.
     let requested_view = ViewChange {
         nodes: Some(
             status
@@ -148,6 +151,8 @@ async fn put(
     };
     let body = body::read(parts, body, CHANGE_BODY, &app.limits, &app.bodies).await?;
     let change = blocking::work(body.len(), || parse(&body))?;
+
+    // Only the leader of the meta group can accept a plan, so any node passes the change on.
     let options = Options {
         routing: Routing::Proxy,
         ..query.options
@@ -225,6 +230,7 @@ async fn plan(
     options: Options,
 ) -> Result<Response, Problem> {
     match app.store.plan_view(change, options).await {
+        // A dry run has no entry that would check the epoch, so it is checked here.
         Ok(planned) if only_if.is_some_and(|epoch| epoch != planned.base) => refused(
             ViewChangeFailure::EpochChanged {
                 current: planned.base,
@@ -267,6 +273,8 @@ async fn look(app: &App, uri: &Uri, timer: &mut RequestTimer<'_>) -> Result<Resp
         routing: Routing::Proxy,
         ..query.options
     };
+
+    // An id that is no number names no change, just as a number that was never given.
     let id = uri.path().strip_prefix(OPERATIONS).unwrap_or_default();
     let found = match digits(id.as_bytes()) {
         Some(number) => app.store.operation(PlanEpoch(number), options).await,

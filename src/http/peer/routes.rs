@@ -121,6 +121,7 @@ async fn lane(
     let incoming = incoming.try_filter(|data| ready(!data.is_empty())).boxed();
     let outgoing = peers
         .lane(&lane, incoming)
+        // Lanes end last: requests under way may wait for what they bring.
         .take_until(app.lanes_end.clone().cancelled_owned());
     let outgoing = outgoing.map(Ok::<_, std::convert::Infallible>);
     (
@@ -151,6 +152,8 @@ async fn shard(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) ->
             timer.mark_read_only();
         }
         let reply = peers.shard(request, hop).await;
+
+        // A large reply takes milliseconds to encode, and threads that serve carry heartbeats too.
         let reply = blocking::work(reply.value_bytes(), || codec::encode(&reply));
         Ok(([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response())
     };
@@ -167,6 +170,8 @@ fn read_shard_request(
     made: &mut Share,
 ) -> Result<ShardRequest, Problem> {
     let mut refusal = None;
+
+    // The decoder asks before it makes anything, so that nothing is made without being paid for.
     let mut charge = |bytes: usize| {
         if made.bytes() + bytes > SHARD_REQUEST_MADE_MAX {
             let detail = format!(
@@ -189,6 +194,8 @@ fn read_shard_request(
 /// is in it, and spares ask again and again.
 fn identity(identity: &Identity, headers: &HeaderMap) -> Response {
     let text = in_text(identity);
+
+    // By the content: it changes exactly when something in the identity does.
     let etag = format!("\"{:016x}\"", xxh3_64(&text));
     let etag = HeaderValue::from_str(&etag).expect("hexadecimal digits between quotes");
     if headers.get(header::IF_NONE_MATCH) == Some(&etag) {
