@@ -189,9 +189,11 @@ impl WaitReason {
 /// Decides what the node with `own` does, having heard this from the other nodes of its `VIEW`.
 pub fn next_step(own: OwnFacts<'_>, answers: &BTreeMap<Address, PeerAnswer>) -> BootstrapStep {
     match own.stamp {
+        // It has data, and starts from it, whatever others say.
         Stamp::Member { view, .. } | Stamp::Founding { view } => {
             return too_old(own, view).unwrap_or(BootstrapStep::Start);
         }
+        // It has been in a cluster, and so never founds one: it waits to be wanted again.
         Stamp::Retired {
             cluster, members, ..
         } => {
@@ -203,6 +205,8 @@ pub fn next_step(own: OwnFacts<'_>, answers: &BTreeMap<Address, PeerAnswer>) -> 
         }
         Stamp::Fresh | Stamp::Promised { .. } => {}
     }
+
+    // A cluster that is there comes first: a second one must never be founded beside it.
     if let Some(step) = known_cluster(own, answers) {
         return step;
     }
@@ -220,6 +224,8 @@ pub fn next_step(own: OwnFacts<'_>, answers: &BTreeMap<Address, PeerAnswer>) -> 
     if let Some(mismatch) = first_mismatch(own, answers) {
         return BootstrapStep::Wait(WaitReason::Mismatch(mismatch));
     }
+
+    // With one of them silent nothing is founded: that one may belong to a cluster.
     let others = own.view.iter().filter(|address| *address != own.address);
     let silent: Vec<(Address, String)> = others
         .filter_map(|address| silence(address, answers))
@@ -340,6 +346,7 @@ fn first_mismatch(own: OwnFacts<'_>, answers: &BTreeMap<Address, PeerAnswer>) ->
                     theirs: view.clone(),
                 })
             }
+            // Only the founder needs the promise, and so only it is kept back by one.
             Standing::Promised { founder, .. } if i_found && *founder != own.directory => {
                 Some(Mismatch::PromisedElsewhere {
                     other: address.clone(),
@@ -479,6 +486,7 @@ pub fn may_start(
     view: &[Address],
     met: &BTreeMap<Address, GreetingOutcome>,
 ) -> Result<Vec<(Address, ClusterId)>, NoStart> {
+    // One such answer is enough: whatever else answers, two copies must not run.
     for (address, met) in met {
         match met {
             GreetingOutcome::Doubled { at } => return Err(NoStart::Doubled { at: at.clone() }),
@@ -493,6 +501,8 @@ pub fn may_start(
             | GreetingOutcome::Stranger { .. } => {}
         }
     }
+
+    // Only what the flags name counts: any other address may have changed hands.
     let named = || {
         view.iter()
             .filter_map(|address| Some((address, met.get(address)?)))
@@ -509,6 +519,8 @@ pub fn may_start(
             | GreetingOutcome::Doubled { .. } => None,
         })
         .collect();
+
+    // One of ours among them shows that flags and directory go together.
     let has_ours = named().any(|(_, met)| matches!(met, GreetingOutcome::Ours { .. }));
     match others.first() {
         Some((at, theirs)) if !has_ours => Err(NoStart::OtherCluster {

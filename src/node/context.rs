@@ -403,6 +403,8 @@ impl NodeContext {
             .find(|(_, is_suspect)| !is_suspect)
             .or(candidates.first())
             .map(|(node, _)| *node)?;
+
+        // A likelier node comes before it and can't be connected to: this one may reach it.
         let is_around = candidates
             .iter()
             .take_while(|(node, _)| *node != chosen)
@@ -529,6 +531,8 @@ impl NodeContext {
     ) {
         let map = self.map();
         let mut hints = self.hints.lock();
+
+        // Shards that have ended leave their hints behind.
         if hints.len() > map.shards().count() {
             hints.retain(|shard, _| map.shard(*shard).is_some());
         }
@@ -578,6 +582,7 @@ impl NodeContext {
             .announce(&leader, &announcement, timeout)
             .await
             .map_err(|error| match error {
+                // Without a connection nothing was sent, so nothing can have been applied.
                 PeerError::NoAnswer { source, .. } if source.is_connect() => {
                     unavailable(source.to_string())
                 }
@@ -697,6 +702,8 @@ impl NodeContext {
     pub async fn status(&self) -> ClusterStatus {
         let mut cached = self.status.lock().await;
         let view = self.view();
+
+        // The lock is held while nodes are asked: one round of questions answers all who wait.
         if let Some((at, status)) = cached.as_ref()
             && at.elapsed() < STATUS_FRESH_FOR
             && status.version == view.version

@@ -55,6 +55,8 @@ pub fn failing_replicas(
     let all = told
         .iter()
         .flat_map(|(node, failed)| failed.iter().map(|replica| (*node, replica)));
+
+    // A node speaks for the replicas that the view has on it, and for no others.
     let here =
         all.filter(|(node, replica)| view.node_of(replica.group, replica.replica) == Some(*node));
     let failing = here.map(|(_, replica)| {

@@ -60,6 +60,8 @@ pub fn families(context: &NodeContext) -> Vec<Family> {
         .chain(witnesses.iter().map(of_witness))
         .collect();
     let failures = context.failures.now();
+
+    // A replica that is not open has no status: only the failures tell of it.
     let not_open = failures
         .iter()
         .map(|failure| failure.key.group)
@@ -181,6 +183,8 @@ fn of_facts(
     differences: &BTreeMap<GroupId, u64>,
 ) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
+
+    // A witness applies nothing: its zeros would look like a replica that is far behind.
     let maps = || facts.iter().filter(|facts| facts.witness_bytes.is_none());
     let each = |value: fn(&NodeFacts) -> u64| {
         maps()

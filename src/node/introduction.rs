@@ -61,6 +61,8 @@ impl Joining {
             Ok(begun) => begun?,
             Err(error) => return Err(NodeError::LogFailed(error.to_string())),
         }
+
+        // Nobody knows of an earlier start of a new member.
         if !was_member {
             return Ok(Vec::new());
         }
@@ -90,6 +92,9 @@ impl Joining {
                 }
                 met.insert(address, answer);
             }
+
+            // As soon as one of the VIEW says which cluster it is of, it is clear whether the flags
+            // fit.
             let told = |address: &Address| {
                 matches!(
                     met.get(address),
@@ -383,6 +388,8 @@ impl Greeter {
             .iter()
             .filter(|(id, _)| **id != self.context.node);
         let untold = others.filter(|(_, node)| is_silent || !self.told.contains(&node.directory));
+
+        // At both addresses: it may have gone back, or on, since it was found elsewhere.
         let known = untold.flat_map(|(_, node)| {
             let moved = self.context.views().moved_to(node.directory);
             [Some(node.address.clone()), moved].into_iter().flatten()
@@ -394,6 +401,8 @@ impl Greeter {
         targets.remove(&self.joining.config().address);
         let now = Instant::now();
         self.later.retain(|address, _| targets.contains(address));
+
+        // Without the meta group this node learns nothing, so it can't wait for long pauses.
         let pause_max = if is_silent { TICK } else { PAUSE_MAX };
         let is_due = |address: &Address| {
             self.later

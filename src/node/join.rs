@@ -396,6 +396,7 @@ impl Joining {
             tracing::warn!("{warning}");
         }
         loop {
+            // What has data starts from it, so that nobody need answer.
             let belongs = matches!(
                 self.directory.stamp(),
                 Stamp::Member { .. } | Stamp::Founding { .. }
@@ -480,6 +481,7 @@ impl Joining {
     }
 
     async fn ask_everyone(&self) -> BTreeMap<Address, PeerAnswer> {
+        // The VIEW of a spare may be an old one: the members that it knows are asked too.
         let members = self
             .waiting()
             .map(|waiting| waiting.members().to_vec())

@@ -135,6 +135,8 @@ pub fn open_log(
         sealed::read(&**disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
     let path = directory.join(LOG);
     let clearing = clearing(stamp, cluster, owner);
+
+    // Another cluster has groups with the same ids: its log must not be read as this one's.
     if clearing == Clearing::Everything {
         tracing::info!("this directory served another cluster: what is left of that is removed");
         let failed = |source| OpenLogError::Io {
@@ -149,6 +151,8 @@ pub fn open_log(
         tracing::info!("this node was retired: the replicas that it had are forgotten");
         forget_all(&log, &mut writer)?;
     }
+
+    // Noted only now, so that a start that is cut short before clears again.
     if owner
         != Some(OwnerFile {
             cluster,
@@ -165,6 +169,8 @@ fn forget_all(log: &Log, writer: &mut LogWriter) -> Result<(), StartError> {
     for key in log.replicas() {
         log.wipe(key, Box::new(drop));
     }
+
+    // The writer has no thread yet: what waits for it is written here.
     while writer.pump() {}
     match &*log.failed().borrow() {
         None => Ok(()),

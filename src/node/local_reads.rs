@@ -126,6 +126,8 @@ pub fn answer_gets(
 ) -> ShardReply {
     let mut share = answers.empty_share();
     let mut refusal = Failure::no_room(answers);
+
+    // What is larger than any answer may be is refused as that, not for lack of room.
     let charge = |bytes: usize| {
         if bytes > ANSWER_BYTES_MAX {
             refusal = Failure::of_answer(bytes as u64);
@@ -160,6 +162,8 @@ pub fn read_key(
         Ok(FindOutcome::NotOwned { slot, .. }) => return ShardReply::NotOwned { slot },
         Err(error) => return ShardReply::Failed(broken(group, &error)),
     };
+
+    // Charged before the value is read; small ones cost no more than the request itself.
     let share = match found.bytes() {
         ..=UNCHARGED_BYTES_MAX => None,
         bytes => match answers.take(bytes) {
@@ -225,6 +229,8 @@ fn read_runs(
     let (mut records, mut share) = (Vec::with_capacity(keys.len()), answers.empty_share());
 
     for run in keys.chunks(KEYS_PER_GUARD) {
+        // First without the lock that apply needs: what has to come from the disk is in the cache
+        // after.
         if looks_ahead {
             group.state().preview(|read| look_at(read, run, *keys_only));
         }
@@ -242,6 +248,8 @@ fn read_runs(
                     .as_ref()
                     .filter(|_| !keys_only)
                     .map_or(0, |found| found.bytes());
+
+                // The first is taken whatever its size, so that the router gets on.
                 if share.bytes() + bytes > *bytes_max && !records.is_empty() {
                     return Ok(true);
                 }
@@ -298,6 +306,8 @@ pub async fn read_page(
     }
     let (replica, answers) = (group.clone(), answers.clone());
     let read = move || {
+        // First without the lock that apply needs: what has to come from the disk is in the cache
+        // after.
         let mut ahead = answers.empty_share();
         replica
             .state()
@@ -335,6 +345,7 @@ fn read_steps(group: &Replica, answers: &Arc<Budget>, request: &PageRequest) -> 
     let read = match owns {
         true => Ok(scan.into_page()),
         false => {
+            // The charge of the steps is given back: their items are thrown away.
             share.shrink_to(0);
             state.read_here(|read| kv::scan_page_charged(read, request, |bytes| share.grow(bytes)))
         }

@@ -77,6 +77,8 @@ impl LocalShards {
             return ShardReply::Failed(refusal);
         }
         let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
+
+        // The meta group has no keys: nobody may read or write it as a shard.
         let local = self
             .context
             .registry
@@ -116,6 +118,7 @@ impl LocalShards {
                 consistency,
             } => match self.before_read(group, consistency, deadline).await {
                 Ok(_) => {
+                    // Whatever a peer asks for: the size of an answer is bounded by who gives it.
                     let many = ManyKeys {
                         keys,
                         bytes_max: bytes_max.min(ANSWER_BYTES_MAX),
@@ -149,6 +152,8 @@ impl LocalShards {
                 Err(failure) => ShardReply::Failed(failure),
             },
             ShardBody::MoveState { id, slots } => {
+                // The source gives its slots up on this answer, so it must be what a leader has
+                // applied.
                 match self.before_read(group, linearizable, deadline).await {
                     Ok(_) => match move_destination::destination_state(group, id, slots).await {
                         Ok(state) => ShardReply::MoveState(state),
@@ -188,6 +193,7 @@ impl LocalShards {
         command: kv::KvCommand,
         deadline: Instant,
     ) -> ShardReply {
+        // A peer may send steps of moves here, and no other command of a shard.
         if !move_destination::is_step(&command) {
             return ShardReply::Failed(Failure::Invalid {
                 reason: "this is no step of a move".into(),
@@ -232,6 +238,8 @@ impl LocalShards {
         if let Some(rejection) = self.refused(group, &write).await {
             return ShardReply::Written(kv::WriteOutcome::Rejected(rejection));
         }
+
+        // What was applied can't be taken back for lack of room, so answers are charged before.
         let charged = match write.has_gets() {
             true => charge_gets(group, self.answers(), &write).await.map(Some),
             false => Ok(None),

@@ -118,6 +118,8 @@ impl Locator {
             Arc::clone(looks.entry(shard).or_default())
         };
         let mut last = look.lock().await;
+
+        // A search that ended after this request began answers it too.
         if let Some((_, found)) = last.filter(|(at, _)| *at > began) {
             return found;
         }
@@ -136,6 +138,8 @@ impl Locator {
         let ask = |(place, peer): (usize, PeerPlace)| {
             let refused = &refused;
             Box::pin(async move {
+                // Mostly the likeliest one leads, and each that is asked costs its group a quorum
+                // round.
                 if place > 0 {
                     let _ = timeout(OTHERS_AFTER, refused.cancelled()).await;
                 }
@@ -145,6 +149,8 @@ impl Locator {
                         Answer::OutOfReach => return None,
                         Answer::No => {}
                     }
+
+                    // One "no" is enough: the others are asked at once.
                     refused.cancel();
                     sleep(ASK_AGAIN).await;
                 }

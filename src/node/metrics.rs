@@ -54,6 +54,9 @@ fn of_scrubs(scrubs: &ScrubCounts) -> Vec<Family> {
                 value,
             }
         };
+
+        // Kinds without a count too: a series that appears with its first count hides that one
+        // from rates.
         ScrubKind::ALL.into_iter().map(sample).collect::<Vec<_>>()
     };
     vec![

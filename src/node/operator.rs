@@ -375,6 +375,9 @@ impl Operator {
         } else {
             None
         };
+
+        // This node may not have seen the plan end: then the view says whether all is as it should
+        // be.
         match was_done {
             Some(true) => return over(Phase::Done),
             Some(false) => return over(Phase::Superseded),
@@ -401,6 +404,7 @@ impl Operator {
     fn rate(&self, id: PlanEpoch, bytes_left: u64) -> Option<u64> {
         let mut watched = self.watched.lock();
         let first = match *watched {
+            // Writes of clients can add to what is left: then the rate is measured anew.
             Some(first) if first.id == id && first.bytes_left >= bytes_left => first,
             _ => *watched.insert(TrackedChange {
                 id,
@@ -450,6 +454,7 @@ fn newcomer(
     address: &Address,
     identity: Identity,
 ) -> Result<view::NodeSpec, ViewChangeFailure> {
+    // Leaders may propose what it could not read, and it would stop at the first such entry.
     if identity.speaks < view.level {
         let reason = format!(
             "{address} can't be added: {}",
@@ -466,6 +471,7 @@ fn newcomer(
         Standing::Member { view: other } if other.cluster != view.cluster => {
             return not_ready(format!("{address} belongs to cluster {}", other.cluster));
         }
+        // Its promise holds for ever: the other cluster may already be founded.
         Standing::Promised { founder, .. } => {
             return not_ready(format!(
                 "{address} has promised to be founded by the node with directory {founder}"

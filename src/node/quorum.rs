@@ -58,6 +58,7 @@ fn missing(
     group: &GroupSpec,
     is_there: impl Fn(NodeId) -> bool,
 ) -> String {
+    // What is committed counts: voters of the plan that are not members yet are not missed.
     let voters = match &group.reported {
         Some(reported) => reported.voters.clone(),
         None => group.creation.keys().copied().collect(),
@@ -80,6 +81,8 @@ fn missing(
             .get(node)
             .map_or_else(|| node.to_string(), |node| node.address.to_string())
     };
+
+    // The line stays short, however large the group is.
     let mut names: Vec<String> = silent.iter().take(NAMES_MAX).map(address).collect();
     if silent.len() > NAMES_MAX {
         names.push(format!("{} more", silent.len() - NAMES_MAX));

@@ -86,6 +86,8 @@ impl ReplicaFailures {
             retry_at: now,
             runs_since: None,
         });
+
+        // Told once, not with each try that ends alike.
         let is_news = row.failures == 0 || row.runs_since.is_some() || row.cause != cause;
         row.cause = cause;
         row.reason.clone_from(&reason);
@@ -109,6 +111,7 @@ impl ReplicaFailures {
             return;
         };
         match row.runs_since {
+            // Its row stays for now: one that soon fails again goes on with its long pauses.
             None => {
                 row.runs_since = Some(now);
                 let after = row.since.elapsed();

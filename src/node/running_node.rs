@@ -177,6 +177,8 @@ impl RunningNode {
         });
 
         let views = Arc::new(Views::new((*joined.view).clone()));
+
+        // Members that have moved are called where they were met, before the view says so.
         for (directory, address) in found {
             views.found_at(*directory, address);
         }
@@ -224,6 +226,7 @@ impl RunningNode {
         loop {
             match context.registry.open_replica(key, may_create).await {
                 Ok(_) => break,
+                // Descriptors come back as others close: that is no failure of the replica.
                 Err(error) if error.lacks_descriptors() => {
                     rarely!(
                         warn,
@@ -231,6 +234,8 @@ impl RunningNode {
                     );
                     tokio::time::sleep(OPEN_AGAIN_AFTER).await;
                 }
+                // A directory that never was a member has nothing to go on with, and condemned maps need
+                // another process.
                 Err(error) if may_create || are_maps_condemned(joining.directory_path()) => {
                     return Err(StartError::Meta(error));
                 }
@@ -645,6 +650,8 @@ impl NodeStorage {
         let config = joining.config();
         let disk = joining.platform().disk();
         let path = joining.directory_path();
+
+        // A member's log that is missing was lost: to begin a new one would forget its votes.
         let expect = if joining.is_stamped_member() {
             Expect::Existing
         } else {
@@ -681,6 +688,8 @@ impl NodeStorage {
 
         let supervisor = joining.supervisor();
         let (mut threads, mut tasks) = (Vec::new(), Vec::new());
+
+        // A simulation runs all in one thread: there the two are tasks.
         if blocking::is_inline() {
             tasks.push(supervisor.start_alone("log-writer", writer.run_in_task()));
             tasks.push(supervisor.start_alone("checkpointer", checkpointer.run_in_task()));

@@ -128,6 +128,8 @@ impl Agreement {
             Comparing::Due { .. } => self.begin(group).await,
             Comparing::Asked { since, before } => {
                 let is_late = since.elapsed() > self.every * PATIENCE;
+
+                // This replica may not have applied the entry itself yet.
                 let noted = group
                     .state()
                     .noted_digest()
@@ -136,6 +138,9 @@ impl Agreement {
                     return if is_late { self.due_soon() } else { now };
                 };
                 let answers = self.ask(group, at).await;
+
+                // Whoever is slow may still differ: only after a while the others are judged
+                // without it.
                 if answers.digests.len() < answers.members.len() && !is_late {
                     return now;
                 }
@@ -200,6 +205,8 @@ impl Agreement {
             .state()
             .noted_digest()
             .map(|(at, digest)| (own, NotedDigest::new(at, digest.pairs, digest.sum)));
+
+        // Digests say something of each other only as of the same entry.
         let noted = answers.chain(own).filter(|(_, noted)| noted.at == at);
         let digests = noted
             .map(|(replica, noted)| (replica, noted.digest))
@@ -244,6 +251,9 @@ impl Agreement {
                 if group.alarm().is_none() {
                     return true;
                 }
+
+                // That nobody contradicts may mean that nobody has answered: a majority has to
+                // agree.
                 if !is_majority_of_one_mind(&members, &answers.digests) {
                     return false;
                 }
@@ -257,6 +267,7 @@ impl Agreement {
                 is_recorded
             }
             AgreementVerdict::Minority(differing) => {
+                // With a majority of one mind it is known which map is right, and writes may go on.
                 if group.alarm().is_some() && self.record(group, None).await {
                     group.set_alarm(None);
                 }
@@ -282,6 +293,8 @@ impl Agreement {
                 false
             }
             AgreementVerdict::NoMajority => {
+                // Nobody knows which map is right, so nothing more is written until people have
+                // decided.
                 let reason = format!(
                     "its replicas differ as of entry {}, and no majority is of one mind ({} of {} \
                      answered); bring the others back, or restore the shard",
@@ -335,6 +348,8 @@ impl Agreement {
         differing: &BTreeSet<ReplicaId>,
     ) {
         let id = group.key().group;
+
+        // The next leader has to be of the majority: it rebuilds this replica from its own map.
         for replica in answers
             .digests
             .keys()

@@ -104,6 +104,8 @@ impl DiskWatch {
 
     /// Tells the other nodes how full the disk is, as long as that matters, and once more.
     async fn report(&mut self, level: DiskLevel) {
+        // A disk with room is no news: an idle cluster sends nothing. That it has room again is
+        // told once.
         let is_due = match self.reported {
             None => level != DiskLevel::Ample,
             Some((told, at)) => told != level || at.elapsed() >= REPORT_EVERY,
@@ -200,6 +202,8 @@ impl DiskWatch {
             {
                 continue;
             }
+
+            // A node is asked once in a round, whatever the number of its shards.
             let has_room = match asked.get(node) {
                 Some(has_room) => *has_room,
                 None => self.context.has_room(*node, ASK_TIMEOUT).await == Some(true),

@@ -53,6 +53,7 @@ struct LevelReport {
 impl LevelReports {
     /// Takes what a round of asking brought; a node that did not answer is missing in it.
     fn take(&mut self, now: Instant, answers: BTreeMap<NodeId, (u16, bool)>) {
+        // One that did not answer may have been started with another program meanwhile.
         self.0.retain(|node, _| answers.contains_key(node));
         for (node, (speaks, holds)) in answers {
             let said = self.0.entry(node).or_insert(LevelReport {
@@ -111,6 +112,8 @@ impl Levels {
                 .get(GroupId::META)
                 .filter(|meta| meta.leads());
             let Some(meta) = meta.filter(|_| self.context.view().level < self.speaks) else {
+                // Whoever leads next asks for the whole time again: it can't know who was away
+                // before.
                 self.reports.0.clear();
                 continue;
             };

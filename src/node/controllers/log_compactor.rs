@@ -178,6 +178,9 @@ impl LogCompactor {
         if !pins && !weights.want_purge(is_quiet) {
             return CompactionStep::Nothing;
         }
+
+        // A member that is heard of catches up by the log; one that is away is sent a snapshot
+        // later.
         let is_kept_for =
             |node| backlog != LogBacklog::TooMuch && self.context.heard_within(node, HEARD_WITHIN);
         let status = group.status();

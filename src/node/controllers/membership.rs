@@ -208,9 +208,14 @@ impl MembershipSteps {
                     .map(|(_, node)| node)
                     .ok_or("the replica is not in the view")?;
                 if let Err(reason) = self.ensure_created(view, id, replica, node).await {
+                    // Asked again only after a while, so that other replicas of the group are not
+                    // held up by it.
                     self.refused.lock().insert(replica, Instant::now());
                     return Err(reason);
                 }
+
+                // The answer counts in this term alone: a later leader may have the replica
+                // retired.
                 let term = group.watch().borrow().term;
                 self.ensure_wanted(id, replica, node).await?;
                 if group.watch().borrow().term != term {

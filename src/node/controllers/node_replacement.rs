@@ -101,6 +101,7 @@ impl NodeReplacement {
                 .get(GroupId::META)
                 .filter(|meta| meta.leads());
             let Some(meta) = meta else {
+                // What was seen before another led is too old to count on.
                 self.seen.clear();
                 continue;
             };
@@ -146,6 +147,8 @@ impl NodeReplacement {
         let now = Instant::now();
         self.seen.retain(|node, _| view.nodes.contains_key(node));
         self.ask_failing(view).await;
+
+        // A node on which no replica can run counts as away, though it answers.
         let failing = failing_nodes(&self.failed);
         let is_here =
             |id: &NodeId| self.context.is_in_reach(*id, HEARD_WITHIN) && !failing.contains(id);
@@ -175,6 +178,8 @@ impl NodeReplacement {
                 claim: None,
             });
             let before = sight.claim;
+
+            // It has come or gone: time counts from now, and no claim to its place outlasts that.
             if sight.is_here != is_here {
                 *sight = PresenceRecord {
                     is_here,
@@ -196,6 +201,8 @@ impl NodeReplacement {
         let presence_of = |sight: &PresenceRecord| {
             let for_ms = as_ms(sight.since.elapsed());
             match sight.claim {
+                // A wrong directory may be there for a moment, so a disk is lost only after the
+                // whole grace.
                 Some(claim) if claim.last.duration_since(claim.since) >= self.lost_disk_after => {
                     NodePresence::Lost { to: claim.by }
                 }
@@ -280,6 +287,7 @@ async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacemen
 
 /// Returns what the answer of whoever sits at the address of a node that is away says of that node.
 fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> AddressProbe {
+    // A directory of the view is a member that has moved here, not one in the place of another.
     let is_known = view
         .nodes
         .values()
@@ -316,6 +324,7 @@ fn next_claim(
 ) -> Option<DirectoryClaim> {
     match (claim, found) {
         (_, AddressProbe::Other) => None,
+        // After a longer silence another may have answered there unseen: then time counts anew.
         (Some(claim), AddressProbe::Empty(by))
             if claim.by == by && now.duration_since(claim.last) < CLAIM_SILENCE_MAX =>
         {

@@ -83,10 +83,12 @@ impl ReachabilityProbe {
     async fn look_for(&self, node: NodeId) {
         let reachability = self.context.registry.reachability();
         let Some(peer) = self.context.views().resolve(node) else {
+            // It is in no view any more: there is nothing to reach.
             reachability.set_unreachable(node, false);
             return;
         };
 
+        // More than once, since a single attempt may fail by chance.
         let mut is_open = false;
         for _ in 0..ATTEMPTS {
             is_open = is_open
@@ -99,6 +101,7 @@ impl ReachabilityProbe {
         let is_news = reachability.set_unreachable(node, !is_open);
         let is_heard = self.context.heard_within(node, HEARD_WITHIN);
         match is_open {
+            // One that is not heard of either is down, which others tell.
             false if is_news && is_heard => rarely!(
                 warn,
                 "no connection can be made to {node} at {}, though it is heard of: what is asked \
@@ -138,6 +141,8 @@ impl ReachabilityProbe {
                 .filter(|group| group.leads());
             let (left, led): (Vec<_>, Vec<_>) =
                 led.partition(|group| given_up.contains(&group.key().group));
+
+            // Their new leaders can't connect to this node, so its replicas have to ask who leads.
             for some in left.chunks(HANDED_OVER_AT_ONCE) {
                 join_all(some.iter().map(|group| self.find_successor(group))).await;
             }

@@ -197,6 +197,7 @@ impl Reconciler {
             )));
         }
         let lack = replicas_of(&view, self.context.node).find_map(|key| {
+            // A witness serves nobody: no request waits for one.
             if self.context.registry.witness(key.group).is_some() {
                 return None;
             }
@@ -241,6 +242,9 @@ impl Reconciler {
         self.follow_view().await;
         let view = self.context.view();
         let PendingTasks { wipes, opener } = pending;
+
+        // Those that go come first: a new replica waits until the old one of its group is gone
+        // here.
         let mut idle = self.wipe_retired(&view, wipes, opener);
         idle &= opener
             .open(&self.context, &view, |key| wipes.tasks.has(key))
@@ -278,6 +282,8 @@ impl Reconciler {
             return;
         };
         let applied = meta.status().applied;
+
+        // Nothing was applied since the last round: the view need not be read again.
         if self.done.lock().meta_applied == applied {
             return;
         }
@@ -296,6 +302,8 @@ impl Reconciler {
             self.context.view(),
             self.context.node,
         );
+
+        // Taken note of only once the stamp is durable: else the next round writes it again.
         match blocking::start(move || joining.stamp_member(node, &view)).await {
             Ok(Ok(())) => self.done.lock().meta_applied = applied,
             Ok(Err(error)) => rarely!(error, "the stamp cannot be written: {error}"),
@@ -308,6 +316,8 @@ impl Reconciler {
     fn wipe_retired(&self, view: &View, wipes: &mut Wipes, opener: &ReplicaOpener) -> bool {
         while let Some((key, ended)) = wipes.tasks.try_ended() {
             let mut done = self.done.lock();
+
+            // A later replica of the group on this node begins from nothing.
             done.claimed.remove(&key.group);
             done.initialized.remove(&key.group);
             let wiped = ended.unwrap_or_else(|error| Err(OpenError::Raft(error.to_string())));
@@ -365,6 +375,9 @@ impl Reconciler {
         };
         let home = view.groups.get(&key.group).map(|group| group.home);
         let mine = creation.contains_key(&key.replica);
+
+        // Whoever initializes a group leads it first: so the home does, and others only if it does
+        // not come.
         let first = home == Some(self.context.node)
             || home.is_none_or(|home| !creation.values().any(|node| *node == home));
         if mine
@@ -390,6 +403,7 @@ impl Reconciler {
 
         let read = meta::read_view(&meta.state().read());
         match read {
+            // It is accepted once, so that each leader may propose it until one has been heard.
             Ok(None) => {
                 let command = meta::MetaCommand::Found {
                     view: self.first_view.clone(),

@@ -113,6 +113,9 @@ impl ReplicaOpener {
                 note(context, key, kind.open(&context.registry, key).await);
                 continue;
             }
+
+            // What has failed once may take long to close and to open: no other replica waits for
+            // it.
             let registry = Arc::clone(&context.registry);
             self.tasks.begin(key, async move {
                 let closed = tokio::time::timeout(CLOSE_TIMEOUT, registry.close_failed(key)).await;
@@ -145,6 +148,8 @@ fn is_to_be_opened(context: &NodeContext, failures: &ReplicaFailures, key: Repli
         }
         ReplicaPresence::InTheWay => false,
         ReplicaPresence::Stopped(reason) if failures.of(key).is_none() => {
+            // A database that takes no writes any more stops all replicas, and only a new process
+            // mends that.
             let is_given_up = context.registry.maps_given_up().is_some();
             let cause = if is_given_up {
                 FailureCause::Database
@@ -180,6 +185,8 @@ fn note(context: &NodeContext, key: ReplicaKey, opened: Result<(), OpenError>) {
         Ok(()) | Err(OpenError::ShuttingDown | OpenError::AlreadyOpen(_)) => return,
         Err(error) => error,
     };
+
+    // Whatever is said of this replica: with the database given up, that is the cause.
     let cause = match error.cause() {
         FailureCause::DiskFull | FailureCause::Other
             if context.registry.maps_given_up().is_some() =>

@@ -246,6 +246,8 @@ impl Scrubber {
                 running = Some(tokio::spawn(supervisor::inherit(pass.run())));
             }
         }
+
+        // It reads log and maps, which are closed next.
         if let Some(running) = running {
             let _ = running.await;
         }
@@ -284,6 +286,8 @@ impl Pass {
     async fn run(self) -> bool {
         self.scrubs.begin(self.bytes_total());
         let is_all_mended = self.read_all().await;
+
+        // A scrub that a stop has ended need not be repeated early: it has left no damage behind.
         let was_broken_off = self.shutdown.is_cancelled();
         self.scrubs.end(was_broken_off);
         is_all_mended || was_broken_off
@@ -383,6 +387,7 @@ impl Pass {
         // It is opened again once nobody holds it.
         drop(group);
 
+        // The reconciler opens it again. Here it is only waited for, to tell whether that was done.
         for _ in 0..REBUILT_LOOKS {
             let runs = self
                 .context
@@ -423,6 +428,8 @@ impl Pass {
             return None;
         }
         let (scrubs, shutdown) = (self.scrubs.clone(), self.shutdown.clone());
+
+        // Off the threads that serve, and at a low priority: nobody waits for a scrub.
         let read = blocking::start(move || {
             background::run("scrub", || {
                 let mut resting = Resting::new(&scrubs, &shutdown);
@@ -464,6 +471,8 @@ impl Pass {
             if !self.log.has_segment(number) {
                 return Ok(());
             }
+
+            // Looked up in each round: a segment that is let go of may be kept by others meanwhile.
             holders = self.log.holders(number);
             for (key, upto) in &holders {
                 self.let_go_of(*key, *upto).await;

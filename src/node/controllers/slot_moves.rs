@@ -151,6 +151,8 @@ impl SlotMoveController {
                 from: open.from,
                 to: open.to,
             };
+
+            // The slots that it releases are to be deleted here afterwards.
             shared.lock_clean().remove(&id);
             self.tasks
                 .begin(id, async move { shared.drive(&group, &slot_move).await });
@@ -279,6 +281,8 @@ impl MoveDriver {
                 Ok(false) => continue,
                 Err(error) => error,
             };
+
+            // After a step that failed nobody knows how far the destination is: it is asked again.
             state.destination = None;
             match error {
                 StepError::NotLeader => return,
@@ -287,6 +291,8 @@ impl MoveDriver {
                 }
                 StepError::Broken(error) => return tell_unreadable(group, &error),
             }
+
+            // A step whose answer was lost, or another driver, may have ended the move.
             if !self.context.view().moves.contains_key(&slot_move.id) {
                 return;
             }
@@ -303,6 +309,8 @@ impl MoveDriver {
     ) -> Result<bool, StepError> {
         let begun = Instant::now();
         let step = self.decide(group, slot_move, state).await?;
+
+        // Once only changes are left it waits for no turn: new ones would come while it does.
         let waits_for_none = state.catching_up.is_none() && state.frozen.is_none();
         let turn = match &step {
             MoveStep::Copy(_) | MoveStep::Clear if waits_for_none => Some(self.turn().await?),
@@ -316,6 +324,9 @@ impl MoveDriver {
                 step: &step,
             })
             .await;
+
+        // It rests for as long as it worked, so that clients have the node to themselves half of
+        // the time.
         if turn.is_some() {
             tokio::time::sleep((begun.elapsed() - waited).min(REST_MAX)).await;
         }
@@ -357,8 +368,12 @@ impl MoveDriver {
         if let SourceState::Copying(Remaining::Changes { .. }) = source {
             state.catching_up.get_or_insert_with(Instant::now);
         }
+
+        // A freeze of an earlier leader counts from this first look: when it began is not known
+        // here.
         match &source {
             SourceState::Frozen(_) => drop(state.frozen.get_or_insert_with(Instant::now)),
+            // Writes wait until the activation, so that the freeze is not over yet.
             SourceState::Released => {}
             _ => state.frozen = None,
         }
@@ -393,6 +408,7 @@ impl MoveDriver {
                 return Ok(true);
             }
             MoveStep::End => {
+                // What has ended this move would end the next one just as soon.
                 self.pause(slot_move.from);
                 self.end(slot_move, meta::MetaCommand::AbortMove { id: slot_move.id })
                     .await?;
@@ -409,6 +425,9 @@ impl MoveDriver {
                         slot_move.to
                     );
                 }
+
+                // Counted from before the entry is proposed: the limit must hold for the first
+                // write that waits.
                 if *step == MoveStep::Freeze {
                     state.frozen = Some(Instant::now());
                 }
@@ -433,6 +452,7 @@ impl MoveDriver {
             freeze_overdue: state
                 .frozen
                 .is_some_and(|since| since.elapsed() > FREEZE_TIME_MAX),
+            // A move can't be split: while one of its slots is wanted there, all of them go on.
             give_up: slot_move
                 .slots
                 .iter()
@@ -511,6 +531,7 @@ impl MoveDriver {
                 }
             },
             MoveSide::Destination => {
+                // Without an answer nobody knows whether the step was taken.
                 state.destination = None;
                 match self.call(slot_move.to, ShardBody::Move(command)).await {
                     ShardReply::Moved(outcome) => outcome,
@@ -533,6 +554,7 @@ impl MoveDriver {
                 state.destination = Some(DestinationState::Installing(progress))
             }
             MoveOutcome::Cleared { .. } => state.destination = None,
+            // Nothing was released yet: the slots are whole at the source, and stay there.
             MoveOutcome::Rejected(moves::MoveRejection::Differs { slot, source, here }) => {
                 tracing::error!(
                     "move {} is taken back: slot {slot} holds {source:?} in shard {}, and {here:?} \
@@ -622,6 +644,8 @@ impl MoveDriver {
     /// is something to move again. Returns true if nothing is left that this replica could delete.
     async fn clear(&self, group: &Replica) -> bool {
         let shard = group.key().group;
+
+        // What is to be moved goes first: the plan waits for it, and nobody for a deletion.
         while group.leads() && !self.has_more_to_move(shard) {
             let left = match group
                 .state()
@@ -680,6 +704,7 @@ async fn next_slots(
         let to = view.targets.owner(slot);
         let held = states.get(&slot).map_or(0, |state| state.contents.bytes);
         match &mut chosen {
+            // The first is taken whatever its size: a large slot has to move as well.
             None => chosen = Some((to, BTreeSet::from([slot]))),
             Some((first, slots)) if *first == to && bytes + held <= BYTES_PER_MOVE => {
                 slots.insert(slot);

@@ -93,6 +93,9 @@ impl StaleViewRefresh {
             return true;
         };
         let status = meta.status();
+
+        // A replica that is no member any more is told nothing: it would take its old view for the
+        // last.
         let is_member = status.membership.is_member(status.key.replica);
         let heard = if meta.leads() {
             status.quorum_acked
@@ -114,6 +117,8 @@ impl StaleViewRefresh {
         let answers = asked
             .iter()
             .map(|address| self.context.peers.identity(address, ASK_TIMEOUT));
+
+        // Answers may be of different age: the newest view counts.
         let mut newest: Option<Box<View>> = None;
         for identity in join_all(answers).await.into_iter().flatten() {
             match identity.standing {
@@ -126,6 +131,8 @@ impl StaleViewRefresh {
                     }
                 }
                 Standing::Retired { cluster, members } if cluster == self.context.cluster => {
+                    // It was a member, and knows where the cluster has gone on: those are asked
+                    // next.
                     self.add_elsewhere(members);
                 }
                 Standing::Member { .. }
@@ -154,6 +161,8 @@ impl StaleViewRefresh {
             self.context.views().advance(*view);
             return;
         }
+
+        // The cluster has gone on without this node, and its leaders call it no more.
         tracing::warn!(
             "this node is not in the view any more (version {}): it is retired",
             view.version

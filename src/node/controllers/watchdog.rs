@@ -158,6 +158,9 @@ impl Watchdog {
 
     fn look(&mut self) {
         let now = Instant::now();
+
+        // While the whole process stood still, no part of it hung: a long gap counts as a short
+        // one.
         let passed = now.duration_since(self.last).min(TICK_MAX);
         self.now_ms += u64::try_from(passed.as_millis()).unwrap_or(0);
         self.last = now;
@@ -191,6 +194,8 @@ impl Watchdog {
         );
         self.findings.writer_ms.store(ms, Ordering::Relaxed);
         let is_at_disk = writer.phase == WriterPhase::Writes;
+
+        // A disk may be slow for a time: the process ends only where the group goes on without it.
         let others_go_on = progress
             .iter()
             .any(|replica| replica.committed > replica.synced);
@@ -227,6 +232,8 @@ impl Watchdog {
         };
         entry.observe(self.now_ms, &seen);
         let held_up = *entry;
+
+        // Only a leader that falls behind holds up clients.
         if let Some(cause) = held_up.cause().filter(|_| replica.leads) {
             self.step_down(key.group, cause, &held_up);
         }
@@ -287,6 +294,9 @@ impl Watchdog {
         let Some(group) = self.context.registry.get(id) else {
             return;
         };
+
+        // A slow disk still serves, so only a faster one is better; a map that stands still serves
+        // nobody.
         let successor = match cause {
             StepDownCause::Disk => group.faster_successor(),
             StepDownCause::Map => group.faster_successor().or_else(|| group.best_successor()),

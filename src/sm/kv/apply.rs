@@ -62,8 +62,8 @@ pub fn apply_for(
 ) -> Result<(KvOutcome, WriteBatch), StoreError> {
     let mut entry = EntryTransaction::new(read);
     let outcome = match command {
-        // Entries of level 0 were always done, whatever their gets return: other programs still do
-        // so.
+        // At level 0 older programs apply it too, and do it whatever its gets return: so must this
+        // one.
         KvCommand::Write { time_ms, writes } => apply_writes(
             &mut entry,
             AnswerBudget::lenient(audience),

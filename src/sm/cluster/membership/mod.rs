@@ -236,7 +236,7 @@ fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> 
         // first.
         let outgoing = makes_way(&blocked, now).filter(|_| !some_come);
 
-        // Two witnesses among the voters could form a majority in which only one replica has a map.
+        // One witness at most, so that in every majority all voters but one have a map.
         let has_witness = next.iter().any(|replica| group.is_witness(*replica));
         let may = |replica: &ReplicaId| {
             Some(*replica) != outgoing && !(has_witness && now.witnesses.contains(replica))
