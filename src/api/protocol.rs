@@ -159,6 +159,9 @@ impl ShardReply {
         if share.bytes() <= UNCHARGED_BYTES_MAX {
             return self;
         }
+
+        // The values outlive the reply, each on its own way to a socket: the charge ends with the
+        // last.
         let share = Arc::new(share);
         let hold = |bytes: &mut Bytes| *bytes = hold_together(std::mem::take(bytes), &share);
         let hold_got = |outcome: &mut OperationOutcome| {

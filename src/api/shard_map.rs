@@ -88,6 +88,7 @@ impl ShardMap {
         let shards = status
             .shards
             .iter()
+            // The status lists the meta group too, which owns no slots.
             .filter(|shard| !shard.id.is_meta())
             .map(|shard| {
                 let replicas = shard
@@ -120,6 +121,7 @@ impl ShardMap {
             owners: owners(&status.slots),
             shards: shards.collect(),
             nodes: nodes.collect(),
+            // Only who sends clients elsewhere has to know these, and a client sends nobody.
             moving: BTreeSet::new(),
         }
     }

@@ -183,6 +183,8 @@ impl MetricSource for GatewayHealth {
             "Whether every shard has a leader that answers here.",
         );
         text.sample(&[], u8::from(self.0.ready().is_ok()));
+
+        // Before the first look nothing is known, and zeros would look like an empty cluster.
         let Some(look) = self.0.last() else { return };
         text.family(
             "quorate_gateway_nodes",

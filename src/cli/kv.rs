@@ -192,6 +192,7 @@ async fn get(
         return missing(key);
     };
     if as_json {
+        // JSON has no bytes, so what is no text is written in base64.
         let (text, encoding) = match std::str::from_utf8(&value.bytes) {
             Ok(text) => (text.to_owned(), "utf8"),
             Err(_) => (STANDARD.encode(&value.bytes), "base64"),
@@ -204,6 +205,7 @@ async fn get(
             "revision": value.revision,
         });
         if let Some(staleness) = value.staleness {
+            // It may be the word `unknown` as well.
             object["staleness_ms"] = staleness
                 .parse::<u64>()
                 .map_or(Value::String(staleness), Value::from);
@@ -219,6 +221,7 @@ async fn list(
     limit: Option<usize>,
     as_json: bool,
 ) -> Result<Exit, CliError> {
+    // Page by page, each printed at once: a listing may be larger than memory.
     let mut left = limit.unwrap_or(usize::MAX);
     while left > 0 {
         query.limit = left.min(PAGE_ITEMS);

@@ -80,6 +80,8 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
     };
     let restarts = config.restarts;
     let listen: Vec<String> = config.listen.iter().map(ToString::to_string).collect();
+
+    // First the ports: one that is taken ends the start before anything on the disk is touched.
     let server = Server::bind(&listen).await?;
     let limits = Limits {
         drain_timeout: config.stop_timeout,
@@ -95,6 +97,8 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
     );
     let node = Node::open(config)?;
     let app = app(&node, &server, limits.clone());
+
+    // Two stops: requests under way need the node until the last of them is answered.
     let (stop_server, stop_node) = (CancellationToken::new(), CancellationToken::new());
     let serving = node.supervisor().start_alone("server", {
         let stop = stop_server.clone();
@@ -104,6 +108,8 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
         let (node, stop) = (node.clone(), stop_node.clone());
         async move { node.run(&stop).await }
     });
+
+    // The node can end by itself, on a broken disk for instance. Then the server stops too.
     let ended = tokio::select! {
         ended = &mut running => Some(ended),
         name = told => {
@@ -111,9 +117,13 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
             None
         }
     };
+
+    // Other nodes take over the leads before the server stops, so that clients hardly notice.
     if ended.is_none() {
         node.hand_over(HAND_OVER_TIMEOUT).await;
     }
+
+    // The stop cuts the lanes, which must not pass for the end of the leaders at their other ends.
     node.registry()
         .inspect(|registry| registry.begin_to_close());
     stop_server.cancel();
@@ -127,6 +137,7 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
     };
     match ended {
         Ok(Err(error)) if error.wants_restart() => {
+            // A node that fails soon after each start must not start itself again for ever.
             let in_a_row = if started.elapsed() < LASTS {
                 restarts
             } else {

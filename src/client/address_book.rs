@@ -82,7 +82,11 @@ impl AddressBook {
             .map(|node| self.address(node).clone())
             .collect();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+
+        // Another node each time, so that none with an old map is believed for long.
         rotate(&mut members, turn);
+
+        // A seed is in the map under either of its addresses, and would be asked twice.
         let is_mapped = |seed: &Address| {
             mapped
                 .iter()
@@ -97,6 +101,8 @@ impl AddressBook {
         rotate(&mut seeds, turn);
         members.extend(seeds);
         let suspects = self.suspects.lock();
+
+        // The sort is stable: the order of the turn stays among those that answer.
         members.sort_by_key(|member| {
             suspects
                 .get(member)

@@ -132,6 +132,8 @@ impl GatewayReadiness {
                     code: "unreachable",
                     reason: format!("no member of the cluster can tell: {failure}"),
                 };
+
+                // The counts of the last look stay: a gauge at 0 would look like an empty cluster.
                 let before = self.last();
                 let (nodes, shards, map_version) = before.map_or((0, 0, 0), |look| {
                     (look.nodes, look.shards, look.map_version)
@@ -145,6 +147,8 @@ impl GatewayReadiness {
                 };
             }
         };
+
+        // Members may reach a leader that this gateway does not, so each is asked from here.
         let leaders: BTreeSet<NodeId> = owners(&status).filter_map(|shard| shard.leader).collect();
         let probed = leaders.into_iter().map(|leader| async move {
             let answers = self.store.access().answers(leader, PROBE_TIMEOUT).await;
@@ -182,6 +186,8 @@ impl GatewayReadiness {
     /// Returns what to say of a look: of each kind of trouble at first, and then once a minute.
     fn line(&self, look: &ClusterCheck) -> Option<ReadinessMessage> {
         let Some(trouble) = &look.trouble else {
+            // "Ready" is said at the start and after a trouble that was said, or the log would tell
+            // of an end without a beginning.
             let was_said = self.is_trouble_said.swap(false, Ordering::Relaxed);
             return (was_said || self.last().is_none()).then_some(ReadinessMessage::Ready);
         };

@@ -332,6 +332,7 @@ impl NativeClient {
         let mut last = FailureHistory::new(exchange.effect);
         loop {
             for server in self.servers.clone() {
+                // One server is asked in any case, so that there is a reason to tell.
                 if Instant::now() >= deadline && last.failure().is_some() {
                     break;
                 }
@@ -381,6 +382,8 @@ impl NativeClient {
     ) -> Attempt {
         let left = deadline.saturating_duration_since(Instant::now());
         let give_up = Instant::now() + exchange.effect.attempt_timeout(left);
+
+        // Taken out: after a request that is broken off its connection can't be used again.
         let reusable = self
             .connection
             .take()
@@ -409,6 +412,7 @@ impl NativeClient {
                 FailureSource::Nobody,
                 unavailable(format!("{address}: {error}")),
             ),
+            // Sent, at least in part: the server may have done it.
             Ok(Err(error)) => unanswered(format!("no answer from {address}: {error}")),
             Err(_) => unanswered(format!("{address} did not answer in time")),
         }
@@ -443,6 +447,8 @@ impl Exchange {
                 &write.idempotency_key,
             ),
         ];
+
+        // Checked before anything is sent: what can't stand in a header would be no request at all.
         for (name, value) in given {
             let Some(value) = value else { continue };
             let bad = |_| Failure::Invalid {
@@ -481,6 +487,7 @@ fn unanswered(reason: String) -> Attempt {
 
 fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> Attempt {
     match response.status() {
+        // A node redirects before it does anything, so the request can be sent elsewhere.
         StatusCode::TEMPORARY_REDIRECT => match location(response.headers()) {
             Some(address) => Attempt::Redirect(address),
             None => Attempt::NotDone(
@@ -496,6 +503,7 @@ fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> A
                 failure => Attempt::NotDone(FailureSource::Server, failure),
             }
         }
+        // A proxy, or another program at that address, may answer anything. It settles nothing.
         _ if !(exchange.is_awaited)(&response) => {
             let status = response.status();
             let reason = format!(

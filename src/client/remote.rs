@@ -136,6 +136,7 @@ impl HttpAccess {
         let mut attempts: VecDeque<(Address, Hop)> =
             known.map(|address| (address, Hop::Answer)).collect();
         match hint {
+            // Leaders change without a new map, so the last answer counts more than the map.
             Some(LeaderHint::Leads(leader)) => attempts.push_front((leader, Hop::Answer)),
             Some(LeaderHint::Silent(silent)) => {
                 attempts.retain(|(address, _)| *address != silent);
@@ -157,6 +158,8 @@ impl HttpAccess {
                     .nodes()
                     .filter(|(_, place)| self.book.address(place) == address);
                 let (node, _) = named.next()?;
+
+                // Where several nodes share a public address, it does not tell which of them leads.
                 if named.next().is_none() {
                     Some(node)
                 } else {
@@ -250,6 +253,8 @@ impl HttpAccess {
                     };
                     self.remember(
                         shard,
+                        // A stale read is answered by any replica, so the answer does not tell who
+                        // leads.
                         Some(hint).filter(|_| options.consistency == Consistency::Linearizable),
                     );
                     return reply;
@@ -268,6 +273,8 @@ impl HttpAccess {
                     failure: failure @ Failure::Unavailable { .. },
                     ..
                 }) => failure,
+                // Overloaded, invalid or too large: another attempt would get the same, or add
+                // load.
                 Err(CallError::Refused { failure, .. }) => return ShardReply::Failed(failure),
                 Err(error @ CallError::NotConnected { .. }) => {
                     closed.push(address.clone());
@@ -290,6 +297,8 @@ impl HttpAccess {
     async fn fetch_from_any(&self) -> Result<ClusterStatus, Failure> {
         let mut last = unavailable("no node is known".into());
         let mut next: VecDeque<Address> = self.members().into();
+
+        // Nodes refer to each other, so each is asked only once.
         let mut asked: Vec<Address> = Vec::new();
         while let Some(address) = next.pop_front() {
             if asked.contains(&address) {
@@ -332,6 +341,8 @@ impl HttpAccess {
                 status.cluster, known.cluster
             )));
         }
+
+        // A node that is cut off tells an old map, which must not replace a newer one.
         if known
             .as_ref()
             .is_none_or(|known| known.version <= status.version)
@@ -370,6 +381,7 @@ impl HttpAccess {
 
         let response = match self.caller.transport().send(post).await {
             Ok(response) => response,
+            // Nothing was sent, so another node can be asked.
             Err(error) if error.is_connect() => {
                 return Err((FailureSource::Nobody, unavailable(silence(address, &error))));
             }
@@ -412,6 +424,8 @@ impl ShardAccess for HttpAccess {
     async fn refresh(&self, older_than: MapVersion) {
         let mut last = self.refreshing.lock().await;
         let is_newer = |map: Arc<ShardMap>| map.version > older_than;
+
+        // Those who waited for the lock find the answer of the one before, and do not ask again.
         let recently = last.is_some_and(|last| last.elapsed() < REFRESH_INTERVAL_MIN);
         if recently || self.map().is_some_and(is_newer) {
             return;
@@ -449,6 +463,7 @@ impl ShardAccess for HttpAccess {
         to: Option<Address>,
         options: Options,
     ) -> Result<Address, Failure> {
+        // The first call of a client may be this one.
         if self.map().is_none() {
             self.fetch_from_any().await?;
         }
@@ -467,6 +482,8 @@ impl ShardAccess for HttpAccess {
             if left < TIMEOUT_MIN && last.failure().is_some() {
                 break;
             }
+
+            // Part of the time only: a node that hangs must leave some for the others.
             let timeout = TRANSFER.attempt_timeout(left.max(TIMEOUT_MIN));
             match self
                 .post_transfer(&address, shard, to.clone(), timeout)
@@ -585,6 +602,7 @@ impl HttpAccess {
         let deadline = Instant::now() + options.timeout;
 
         loop {
+            // Asked anew in each round: a change of the view also changes who its members are.
             let members = self.answering_first().await.unwrap_or_else(|failure| {
                 last.note(FailureSource::Nobody, failure);
                 Vec::new()

@@ -53,6 +53,9 @@ impl Connection {
     pub async fn open(address: &Address, within: Duration) -> io::Result<Self> {
         let opening = async {
             let stream = TcpStream::connect(address.as_str()).await?;
+
+            // Nagle's algorithm would hold a small request back until the answer before is
+            // acknowledged.
             stream.set_nodelay(true)?;
             http1::handshake(TokioIo::new(stream))
                 .await

@@ -91,6 +91,8 @@ async fn measure(plan: BenchPlan) -> Result<Report, CliError> {
     let workers: Vec<JoinHandle<Tally>> = workers.collect();
     let showing = tokio::spawn(show(Arc::clone(&progress), start, measured_from));
     let tallies = join_all(workers).await;
+
+    // Requests in flight at the end are waited for and counted, so their time counts too.
     let took = measured_from.elapsed().max(context.plan.duration);
     hide(showing);
     let mut total = Tally::new();
@@ -99,6 +101,8 @@ async fn measure(plan: BenchPlan) -> Result<Report, CliError> {
             tally.map_err(|error| CliError::Usage(format!("a worker ended early: {error}")))?;
         total.merge(&tally);
     }
+
+    // A request that was due and never sent is an error: the load was more than the servers take.
     total.errors_of(RequestError::Unsent, schedule.unsent());
     Ok(Report::new(&context.plan, took, &total))
 }

@@ -59,6 +59,8 @@ impl BenchContext {
                 Some(RouteTable::new(SlotRoutes::of(&map), client))
             }
         };
+
+        // Values come from the seed, so that two runs with one seed send the same.
         let mut rng = Rng::new(plan.seed);
         let letters = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_";
         let values: Vec<u8> = (0..plan.value_size + VALUE_SPREAD_BYTES)
@@ -134,6 +136,7 @@ impl Worker {
     /// Sends requests as they are due; counts those due from `measured_from` on.
     pub async fn run(mut self, schedule: Arc<RequestSchedule>, measured_from: Instant) -> Tally {
         while let Some(due) = schedule.next().await {
+            // A request counts by when it was due. What the warm-up adds is taken back.
             let redirects = self.tally.redirects;
             let number = self.context.chooser.choose(&mut self.rng);
             let ended = self.request(number).await;
@@ -166,6 +169,9 @@ impl Worker {
         let deadline = Duration::from_secs(30);
         for number in (self.number as u64..self.context.plan.keys).step_by(workers as usize) {
             let start = Instant::now();
+
+            // A key that is missing would turn gets into misses, which are cheaper than what is to
+            // be measured.
             while let Err(error) = self.native(number, RequestKind::Put).await {
                 if start.elapsed() > deadline {
                     return Err(error.name());
@@ -334,6 +340,8 @@ impl Worker {
     /// Returns the newest routes that are known.
     fn routes(&mut self) -> Option<&SlotRoutes> {
         let route_table = self.context.route_table.as_ref()?;
+
+        // A generation is one atomic read. The routes are fetched only when it has changed.
         let generation = route_table.generation();
         if self
             .routes
@@ -353,6 +361,8 @@ impl Worker {
         deadline: Instant,
         request: impl FnOnce(&HeaderValue) -> Request<Full<Bytes>>,
     ) -> Result<Response<()>, RequestError> {
+        // Taken out for the time of the request: after a timeout its answer may still come, so it
+        // is dropped.
         let mut link = match self
             .connections
             .remove(address)

@@ -145,6 +145,7 @@ impl<O: Args> ChangeCommand<O> {
                     ..ViewChange::default()
                 });
             }
+            // Nothing is asked for anew: the plan alone brings back what has drifted.
             ChangeCommand::Rebalance { .. } => return Ok(ViewChange::default()),
         }
         Ok(ViewChange {
@@ -230,6 +231,8 @@ pub async fn execute(
     command: &ChangeCommand<ExecuteOptions>,
 ) -> Result<Exit, CliError> {
     let options = command.options();
+
+    // Checked first: a script must not get as far as a question that nobody answers.
     if !options.yes && !io::stdin().is_terminal() {
         let reason = "there is no terminal to ask for confirmation: say --yes, or look first with \
             'quorate cluster plan'";
@@ -243,6 +246,8 @@ pub async fn execute(
             "not confirmed: nothing was changed".into(),
         ));
     }
+
+    // Guarded by the epoch of the plan that was shown: what was confirmed is what is done.
     let accepted = cluster
         .store
         .change_view(change, Some(planned.base), cluster.options)
@@ -284,6 +289,7 @@ async fn draft<O: Args>(
             .await
         {
             Ok(planned) if planned.base == status.epoch => return Ok((change, planned)),
+            // The view has changed since the first question: draw the change up anew.
             Ok(planned) => {
                 drafts += 1;
                 if drafts >= DRAFTS_MAX {

@@ -144,6 +144,8 @@ struct ProgressBar {
 impl ProgressBar {
     fn line(&mut self, change: &ChangeInProgress) -> String {
         let left = change.replicas_left + change.slots_left;
+
+        // What is left can grow, when a move begins anew: then the bar is measured anew too.
         self.most = self.most.max(left);
         let done = self.most - left;
         let mut line = format!(
@@ -219,6 +221,8 @@ impl StatusLine {
         if self.shown == text {
             return;
         }
+
+        // A log file or a pipe gets whole lines, and few of them.
         if self.is_terminal {
             let line: String = text
                 .chars()

@@ -85,6 +85,7 @@ impl Scrubbed {
             }
             // It counts anew from each start.
             Ok(_) => self.state = ScrubState::Lost("it was started again meanwhile".to_owned()),
+            // A node may be busy or between two connections, so one failed look says little.
             Err(error) if self.heard.elapsed() > SILENCE_MAX => {
                 self.state = ScrubState::Lost(error.to_string());
             }

@@ -175,6 +175,8 @@ fn without_quorum(status: &ClusterStatus) -> String {
         .filter(|node| !node.reachable)
         .map(|node| node.public_address.to_string())
         .collect();
+
+    // Nodes that are away matter here only where they are missed.
     if !lines.is_empty() && !away.is_empty() {
         lines.push_str(&format!("No answer from {}\n", away.join(", ")));
     }

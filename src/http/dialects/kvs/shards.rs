@@ -39,6 +39,7 @@ pub async fn key_count(app: &App) -> Result<KvsResponse, DialectError> {
                     app.store.count_shard(shard, options()).await?,
                     Some(id_of(shard)),
                 )),
+                // A node left over by the layout belongs to no shard.
                 None => Ok((0, None)),
             },
             (None, _) => {

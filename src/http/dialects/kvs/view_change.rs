@@ -54,6 +54,8 @@ pub async fn change(
     timer: &mut RequestTimer<'_>,
 ) -> Result<ResponseContent, DialectError> {
     let (nodes, change) = parse(request_body)?;
+
+    // Before anything is changed: a refusal must leave nothing done.
     let _permit = app
         .changes
         .acquire()
@@ -142,6 +144,7 @@ struct ViewChangeRun<'a> {
 
 impl<'a> ViewChangeRun<'a> {
     fn new(app: &'a App, nodes: Vec<Address>) -> Self {
+        // A spare belongs to no cluster, so it asks the nodes of the change over the network.
         let store = match app.store.this_node() {
             Some(_) => None,
             None => app.store.by_network(&nodes),
@@ -180,6 +183,8 @@ impl<'a> ViewChangeRun<'a> {
                 ViewChangeFailure::Refused { reason } => {
                     return Err(DialectError::bad_request(reason));
                 }
+                // The contract has no guard, so another change at the same moment must not fail
+                // this one.
                 ViewChangeFailure::EpochChanged { .. } if attempts < ATTEMPTS_MAX => {}
                 ViewChangeFailure::EpochChanged { .. } => {
                     return Err(self.unavailable("the view changes again and again"));
@@ -197,6 +202,7 @@ impl<'a> ViewChangeRun<'a> {
         while let Some(since) = schedule.next(&*self.app.readiness, &*self.store, id).await {
             match self.look(id, since).await {
                 Ok(Some(change)) if change.phase == Phase::Done => return Ok(id),
+                // A later plan goes on from this one. `count` sees whether it has the same nodes.
                 Ok(Some(change)) if change.phase == Phase::Superseded => {
                     id = self.store.status().await.map_or(id, |status| status.epoch);
                 }
@@ -282,6 +288,8 @@ fn parts(
         return None;
     }
     let map = ShardMap::from_status(status);
+
+    // The two were asked one beside the other, so they may be of different views.
     if !map
         .shards()
         .map(|(shard, _)| shard)
