@@ -106,6 +106,8 @@ impl ChangeWaiters {
         since: Instant,
         options: Options,
     ) -> ChangeResult {
+        // Held during the look: of hundreds that wait, one asks, and the others find its answer
+        // here.
         let mut last = self.last.lock().await;
         if let Some(look) = last
             .as_ref()
@@ -185,6 +187,9 @@ impl PollSchedule {
         while Instant::now() < self.deadline && !is_stopping(readiness) {
             let began = Instant::now();
             let end = self.deadline.min(began + self.interval);
+
+            // A node hears of the end with the view, so most waits need no question to another
+            // node.
             let is_over = store.await_change(id, end - began).await;
 
             let now = Instant::now();

@@ -81,6 +81,7 @@ impl Server {
     /// have as many open files as it may. Of a name with several addresses, those of a family that
     /// this machine does not have are left out.
     pub async fn bind<A: AsRef<str>>(listen: &[A]) -> Result<Server, BindError> {
+        // Before anything is opened: how many connections there may be follows from that limit.
         descriptors::raise();
         let mut listeners: Vec<TcpListener> = Vec::new();
         for listen in listen.iter().map(AsRef::as_ref) {
@@ -269,6 +270,8 @@ impl AcceptLoop {
         loop {
             let accepted = tokio::select! {
                 () = self.context.shutdown.cancelled() => break,
+                // Ended tasks are taken out of the set as they end, or it would grow with every
+                // connection.
                 Some(_) = connections.join_next() => continue,
                 accepted = listener.accept() => accepted,
             };
@@ -277,6 +280,7 @@ impl AcceptLoop {
                     pause = ACCEPT_PAUSE_MIN;
                     self.admit(stream, address, &mut connections);
                 }
+                // The client went away before it was accepted: that says nothing of the next one.
                 Err(error) if is_connection_error(&error) => {}
                 Err(error) => {
                     rarely!(warn, %error, "cannot accept connections; trying again");
@@ -300,6 +304,8 @@ impl AcceptLoop {
             drain_guard,
             ..
         } = self;
+
+        // From here on only connections with requests hold lanes open.
         drop(drain_guard);
 
         let drained = async { while connections.join_next().await.is_some() {} };

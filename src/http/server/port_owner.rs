@@ -50,6 +50,8 @@ fn listening(table: &str, address: SocketAddr) -> Vec<u64> {
         let (local, state, inode) = (fields.get(1)?, fields.get(3)?, fields.get(9)?);
         let (ip, port) = local.split_once(':')?;
         let (ip, port) = (parse_ip(ip)?, u16::from_str_radix(port, 16).ok()?);
+
+        // A wildcard takes the port on every address.
         let overlaps = ip == address.ip() || ip.is_unspecified() || address.ip().is_unspecified();
         if *state == "0A" && port == address.port() && overlaps {
             inode.parse().ok()

@@ -203,6 +203,8 @@ impl<A: ShardAccess> Router<A> {
     async fn get_from_shard(&self, key: Bytes, options: Options) -> Result<GetOutcome, Failure> {
         check_key(&key)?;
         let mut retry_state = RetryState::new(options).repeatable().single_key();
+
+        // The map is read anew for each attempt: the pause may have brought a newer one.
         loop {
             let map = self.access.map();
             let retry = match map.as_deref().map(|map| map.owner_of(&key)) {
