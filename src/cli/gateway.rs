@@ -126,6 +126,8 @@ pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
         connections_max: arguments.max_connections,
         ..Limits::default()
     };
+
+    // From here on a signal ends the gateway in order, also while it starts.
     let told = signals::stop().map_err(ServeError::Signals)?;
     let names: Vec<&str> = members.iter().map(Address::as_str).collect();
     tracing::info!(

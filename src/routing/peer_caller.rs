@@ -137,6 +137,9 @@ impl PeerCaller {
         timeout: Duration,
     ) -> Result<Identity, PeerError> {
         let deadline = Instant::now() + timeout;
+
+        // A quarter of the time is kept for the answer: a question with less would only seem
+        // unanswered.
         let Ok(Ok(_turn)) = timeout_at(deadline - timeout / 4, self.identities.acquire()).await
         else {
             return Err(PeerError::NotAsked {
@@ -145,6 +148,8 @@ impl PeerCaller {
         };
         let left = deadline.saturating_duration_since(Instant::now());
         let mut get = NodeCall::get(address, "/peer/identity", left);
+
+        // The whole view is in an identity, so it is sent only when it has changed.
         let known = self.known.lock().get(address).cloned();
         if let Some(known) = &known {
             get = get.header(IF_NONE_MATCH, known.etag.clone());

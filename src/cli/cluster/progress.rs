@@ -53,6 +53,8 @@ impl<'a> ChangeFollower<'a> {
     /// When a later plan has taken over, or nobody answers any more.
     pub async fn follow(mut self, change: ChangeInProgress) -> Result<Exit, CliError> {
         let id = change.id;
+
+        // Nodes carry the change out by themselves, so an interrupt ends only the watching.
         let ended = tokio::select! {
             ended = self.wait_for_end(change) => Some(ended),
             interrupted = tokio::signal::ctrl_c() => {

@@ -110,6 +110,8 @@ pub async fn run(
         }
     };
     let timeout = cluster.options.timeout;
+
+    // All at once: each node reads its own disk, so none slows another down.
     let begun = nodes
         .into_iter()
         .map(|node| Scrubbed::begin(node, timeout, begin));

@@ -369,6 +369,8 @@ fn condition(item: &mut OperationJson) -> Result<Condition, Problem> {
             .take()
             .map(|revisions| Condition::RevisionNotIn(revisions.0)),
     ];
+
+    // Two could contradict each other, and an operation in the log carries one.
     let mut given = given.into_iter().flatten();
     match (given.next(), given.next()) {
         (None, _) => Ok(Condition::None),

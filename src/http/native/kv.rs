@@ -49,6 +49,7 @@ pub async fn kv(app: &App, request: Request) -> Response {
         Method::GET | Method::HEAD => get(app, &parts, key).await,
         Method::PUT => put(app, &parts, body, key).await,
         Method::DELETE => delete(app, &parts, key).await,
+        // axum adds `Allow` only for the routes in its table, and keys are not among them.
         _ => {
             body::discard(&parts, body);
             let mut response = Problem::method_not_allowed(&parts.method).into_response();

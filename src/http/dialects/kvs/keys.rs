@@ -95,6 +95,8 @@ async fn put(
             value: Some(value), ..
         }) => value,
     };
+
+    // The contract counts characters, and a key of this dialect need not be text.
     if String::from_utf8_lossy(key).chars().count() > KEY_CHARACTERS_MAX {
         return refused("Key is too long");
     }
