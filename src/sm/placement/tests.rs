@@ -142,12 +142,11 @@ fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
 /// Every shard that needs a witness and can have one has one, and no other does; and none could go
 /// from a node to one with two fewer.
 fn assert_witnesses(view: &View, working: &BTreeSet<NodeId>) {
-    let places = || {
-        shards_that_stay(view)
-            .filter_map(|(_, group)| group.witness)
-            .map(|witness| witness.node)
-    };
-    let load = |node: NodeId| places().filter(|at| *at == node).count();
+    let mut witnesses: BTreeMap<NodeId, usize> = BTreeMap::new();
+    for witness in shards_that_stay(view).filter_map(|(_, group)| group.witness) {
+        *witnesses.entry(witness.node).or_default() += 1;
+    }
+    let load = |node: NodeId| witnesses.get(&node).copied().unwrap_or_default();
     for (id, group) in shards_that_stay(view) {
         let held: BTreeSet<NodeId> = group.replicas.values().copied().collect();
         let free: BTreeSet<NodeId> = working.difference(&held).copied().collect();
