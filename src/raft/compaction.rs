@@ -93,6 +93,8 @@ impl Replica {
     /// followers that are nearly up to date may need.
     pub(in crate::raft) async fn purge_behind(&self, snapshot: LogId) {
         let deadline = Instant::now() + SNAPSHOT_PATIENCE;
+
+        // openraft purges only up to the snapshot that it knows of.
         while self.status().snapshot < Some(snapshot) {
             if Instant::now() > deadline || self.watch.borrow().failure.is_some() {
                 return;

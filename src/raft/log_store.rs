@@ -216,6 +216,8 @@ impl RaftLogStorage<Types> for LogStore {
             return Ok(());
         }
         let vote = vote_from_raft(vote);
+
+        // A vote that goes back would let this replica vote twice in one term.
         let saved = self.log.state().vote;
         assert!(
             saved.is_none_or(|saved| (saved.term, saved.committed) <= (vote.term, vote.committed)),
@@ -252,6 +254,8 @@ impl RaftLogStorage<Types> for LogStore {
             entries,
             Box::new(move |result| callback.io_completed(result)),
         )?;
+
+        // After the append, because those who are woken read the entries at once.
         if last.is_some() {
             self.tip.set(last);
         }

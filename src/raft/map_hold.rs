@@ -66,6 +66,8 @@ impl MapHold {
         let mut is_held = false;
         self.0.send_if_modified(|hold| {
             is_held = hold.deadline.is_some();
+
+            // An exchange has no deadline: the new map is here, and filling it may take long.
             if let Some(HoldDeadline::Until(until)) = &mut hold.deadline {
                 *until = Instant::now() + PATIENCE;
             }

@@ -53,6 +53,8 @@ impl Replica {
 
     async fn add(&self, replica: ReplicaId, member: GroupMember) -> Result<(), MembershipError> {
         self.ensure_changes()?;
+
+        // Only what is committed counts: the next leader may not have the rest.
         if self.watch.borrow().committed_membership.is_member(replica) {
             return Ok(());
         }
@@ -116,6 +118,7 @@ fn membership_error(error: RaftError<Types, ClientWriteError<Types>>) -> Members
             MembershipError::Unknown("the leader changed".into())
         }
         RaftError::APIError(ClientWriteError::ChangeMembershipError(
+            // Another change is under way: this one can be asked for again after it.
             error @ (Refused::InProgress(_) | Refused::UncommittedLeaderLog(_)),
         )) => MembershipError::Conflict(error.to_string()),
         RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => {

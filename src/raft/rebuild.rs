@@ -109,6 +109,7 @@ impl Replica {
 
     /// Holds the map of this replica, for the map of its leader to take its place.
     pub(super) fn hold_map(&self, vote: &Vote) -> Result<PeerReply, PeerRefusal> {
+        // Only its leader may have a replica throw its map away.
         if self.leads() || !self.is_current(vote) {
             return Err(PeerRefusal::Failed("it does not follow who asks".into()));
         }
@@ -171,6 +172,8 @@ impl Replica {
                     .map_err(|error| error.to_string())?;
                 let upto = snapshot.applied().log_id.ok_or("a snapshot of nothing")?;
                 let deadline = Instant::now() + ASK_TIMEOUT;
+
+                // A map is never ahead of its log.
                 while log.state().last < Some(upto) {
                     if Instant::now() > deadline {
                         return Err(format!("the log here ends before {upto}"));

@@ -361,12 +361,14 @@ impl Registry {
 
     /// Starts the task that ticks the election timers of all replicas, for as long as this lives.
     fn start_election_timer(self: &Arc<Self>) -> AbortOnDropHandle<()> {
+        // Weak, so that the timer does not keep the registry alive.
         let registry = Arc::downgrade(self);
         let tick_all = move |pause: Option<Duration>| {
             let Some(registry) = registry.upgrade() else {
                 return false;
             };
             registry.for_each_replica(|group| {
+                // A pause of this node is no silence of the leaders.
                 if let Some(pause) = pause {
                     group.timer.skip_pause(pause);
                 }
@@ -431,6 +433,7 @@ impl Registry {
         let _opening = self.opening.lock().await;
         let group = self.replica(key.group).filter(|group| group.key() == key);
         if let Some(group) = group {
+            // Ended before it is taken out, so that it never meets the next replica of its group.
             group.shutdown().await;
             self.groups.write().remove(&key.group);
         }
@@ -510,6 +513,7 @@ impl Registry {
     /// Stops every replica and cuts the lanes. Call [`Registry::hand_over`] first if others are to
     /// go on without a pause.
     pub async fn shutdown(&self) {
+        // First, so that none is opened after those here were stopped.
         self.opening.lock().await.is_closed = true;
         let groups = std::mem::take(&mut *self.groups.write());
         join_all(groups.values().map(|group| group.shutdown())).await;
@@ -527,6 +531,8 @@ impl Registry {
         let group = self
             .replica(header.group)
             .ok_or(PeerRefusal::NoReplica(header.group))?;
+
+        // A frame for an earlier replica of this group must not reach its successor.
         if group.key().replica != header.target {
             return Err(PeerRefusal::OtherReplica(group.key().replica));
         }

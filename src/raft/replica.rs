@@ -214,6 +214,7 @@ impl Replica {
             })
             .collect();
         match self.raft.initialize(members).await {
+            // Another voter may have begun the group first, with the same voters.
             Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
             Err(error) => Err(OpenError::Raft(error.to_string())),
         }
@@ -383,6 +384,7 @@ impl Replica {
     /// Stops the replica. Callers that are queued are told so; entries in flight have an unknown
     /// outcome.
     pub async fn shutdown(&self) {
+        // First, or the monitor would take the end of openraft for a failure.
         self.is_stopping.store(true, Ordering::Relaxed);
         self.proposer.close(SHUT_DOWN);
         self.reads.close(SHUT_DOWN);

@@ -147,6 +147,8 @@ impl RaftStateMachine<Types> for StateMachine {
     {
         let mut in_turn = 0;
         while let Some((entry, responder)) = entries.try_next().await? {
+            // Memtables that wait for the disk are bounded, so entries wait here before they add to
+            // them.
             if let (0, Some(state)) = (in_turn, self.apply_state.store.map()) {
                 state.wait_room().await;
             }
@@ -249,6 +251,7 @@ impl RaftStateMachine<Types> for StateMachine {
             .map_err(io::Error::other)?
             .map_err(|error| self.apply_state.fatal(error))?;
 
+        // What was remembered of the old map no longer holds.
         let applied = self.apply_state.store.applied();
         self.membership = applied.membership;
         self.apply_state

@@ -209,6 +209,8 @@ impl DataDirectory {
                         source,
                     })?;
                 }
+
+                // The stamp first: a directory with an identity and no stamp counts as damaged.
                 sealed::write(&*disk, path, STAMP, FORMAT, &Stamp::Fresh)?;
                 sealed::write(&*disk, path, IDENTITY, FORMAT, &id_if_new)?;
                 (id_if_new, Stamp::Fresh)
@@ -250,9 +252,12 @@ impl DataDirectory {
         &self,
         change: impl FnOnce(&Stamp) -> Option<Stamp>,
     ) -> Result<Stamp, DirectoryError> {
+        // Two changes must not both start from the same stamp.
         let _writing = self.writing.lock();
         let mut current = self.stamp();
         if let Some(stamp) = change(&current).filter(|stamp| *stamp != current) {
+            // Level 0 is written as the first programs wrote it, so that a node can go back to
+            // them.
             match stamp.level() {
                 0 => sealed::write(&*self.disk, &self.path, STAMP, FORMAT, &stamp)?,
                 level => sealed::write_leveled(
@@ -263,6 +268,8 @@ impl DataDirectory {
                     &stamp,
                 )?,
             }
+
+            // Only once it is durable: nobody may act on a stamp that a crash takes back.
             self.stamp.lock().clone_from(&stamp);
             current = stamp;
         }
@@ -387,6 +394,8 @@ fn set_aside_if_outdated(path: &Path) -> Result<(), DirectoryError> {
     };
     let stamp: Option<Stamp> = sealed::read(&disk, &path.join(STAMP), LEVELED_FORMAT)?;
     let id: Option<DirectoryId> = sealed::read(&disk, &path.join(IDENTITY), FORMAT)?;
+
+    // Retired and not fresh: it still knows its cluster and where the members are.
     let retired = match stamp {
         Some(Stamp::Member {
             cluster,
@@ -427,6 +436,8 @@ fn set_aside_if_outdated(path: &Path) -> Result<(), DirectoryError> {
             path: aside.clone(),
             source,
         })?;
+
+        // The identity last: its old value names the place aside, and a crash must find that again.
         sealed::write(&disk, path, IDENTITY, FORMAT, &DirectoryId(rand::random()))?;
     }
     let removed = disk
@@ -455,6 +466,8 @@ fn put_aside(path: &Path, aside: &Path) -> io::Result<()> {
     {
         std::fs::rename(from, aside.join(name))?;
     }
+
+    // Durable before the identity changes, or the old replicas could appear under the new one.
     for changed in [aside, &path.join(ASIDE), path] {
         RealDisk.sync_dir(changed)?;
     }
@@ -491,6 +504,8 @@ fn lock(path: &Path) -> Result<File, DirectoryError> {
         }
         Err(std::fs::TryLockError::Error(source)) => return Err(io_error(source)),
     }
+
+    // Not emptied before it is locked: whoever is refused reads the holder's process id in it.
     file.set_len(0)
         .and_then(|()| writeln!(file, "{}", std::process::id()))
         .map_err(io_error)?;

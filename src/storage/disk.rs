@@ -181,6 +181,7 @@ impl DiskFile for File {
     }
 
     fn sync(&self) -> io::Result<()> {
+        // fdatasync writes the length if it has changed, and saves the write of the times.
         self.sync_data()
     }
 

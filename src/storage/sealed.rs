@@ -156,6 +156,7 @@ pub fn write_leveled<T: Serialize>(
     let mut bytes = serde_json::to_vec_pretty(&sealed).expect("JSON of our own types, in memory");
     bytes.push(b'\n');
 
+    // Written beside and renamed: a crash leaves the old file or the new one, and never a part.
     let written = (|| {
         let file = disk.open(&beside, Open::Truncated)?;
         file.write_at(&bytes, 0)?;

@@ -101,6 +101,8 @@ impl Database {
         open: Opener,
     ) -> Result<Option<Self>, SledError> {
         let path = &path_of(base, number);
+
+        // An earlier process found it damaged. sled may hang in it, so it is not opened again.
         let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
         let failure = match condemned {
             Some(reason) => OpenAttempt::Failed(format!("it was condemned: {reason}")),
@@ -113,6 +115,7 @@ impl Database {
         let (reason, hangs) = match failure {
             OpenAttempt::Opened(db) => return Ok(Some(Self::new(db, number, path))),
             OpenAttempt::Failed(reason) => (reason, false),
+            // The disk or its rights are at fault. The files may be whole, so they stay.
             OpenAttempt::Refused(source) => {
                 return Err(SledError::Io {
                     path: path.to_owned(),
@@ -127,6 +130,8 @@ impl Database {
         })?;
         tracing::warn!(path = %path.display(), moved_to = %moved_to.display(), %reason, "the map \
             database was moved aside: all trees are rebuilt");
+
+        // The thread that hangs keeps the files open, so only another process can begin anew.
         if hangs {
             Err(SledError::Hangs { moved_to })
         } else {
@@ -215,6 +220,8 @@ impl Database {
             context: format!("syncing {}", self.path.display()),
             source,
         };
+
+        // sled's own flush does not fsync on Linux.
         for file in files_below(&self.path) {
             let opened = patiently("sync the maps", || File::open(&file));
             match opened.and_then(|file| file.sync_all()) {
@@ -273,6 +280,8 @@ pub(super) fn numbered(path: &Path) -> Vec<(u64, PathBuf)> {
         "" => Some(0),
         rest => {
             let number = rest.strip_prefix('.')?.parse().ok()?;
+
+            // Only names as this program writes them: `state.01` is not ours.
             (path_of(path, number).file_name()?.to_str() == Some(found)).then_some(number)
         }
     };
@@ -303,6 +312,7 @@ pub(super) fn path_of(path: &Path, number: u64) -> PathBuf {
 
 /// Returns why a database that was begun beside another is none of this cluster.
 fn foreign_reason(path: &Path, number: u64, cluster: ClusterId) -> io::Result<Option<String>> {
+    // Every program knows the first one, and empties it for another cluster.
     if number == 0 {
         return Ok(None);
     }
@@ -439,6 +449,8 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> OpenAttempt {
         // Nobody listens any more if it took too long.
         let _ = sender.send(opened);
     };
+
+    // sled reads all of its files when it opens them.
     let limit = options.patience + Duration::from_secs(bytes_below(path) >> 24);
     if let Err(error) = std::thread::Builder::new()
         .name("open-trees".into())
@@ -508,6 +520,8 @@ fn move_aside(path: &Path, base: &Path) -> io::Result<PathBuf> {
     remove_if_there(&aside)?;
     let has_room = has_room_for_damaged(free_bytes(base)?, bytes_below(path));
     std::fs::rename(path, &aside)?;
+
+    // Durable, or a power cut could put the damaged one back in its place.
     if let Some(parent) = path.parent() {
         File::open(parent)?.sync_all()?;
     }

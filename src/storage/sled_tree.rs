@@ -92,6 +92,7 @@ impl SledTrees {
     }
 
     fn open_by(path: &Path, options: &SledOptions, open: Opener) -> Result<Self, SledError> {
+        // First, because the maps may need the room that it takes.
         trim_damaged(path);
         let mut databases = Vec::new();
         for (number, _) in numbered(path) {
@@ -235,6 +236,7 @@ fn unresponsive(error: RecvTimeoutError) -> io::Error {
 
 impl Trees for SledTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
+        // Locked until the tree is there: its database might be removed as empty in between.
         let databases = self.databases.read();
         let mut database = newest_of(&databases);
         for candidate in databases.iter().rev() {
@@ -379,6 +381,8 @@ fn assemble(tree: &sled::Tree, key: &[u8], mut stored: sled::IVec) -> sled::Resu
         if let Some(value) = gather(tree, &stub)? {
             return Ok(Some(value));
         }
+
+        // A piece is gone: the value was replaced in between, or the tree is damaged.
         match tree.get(key)? {
             None => return Ok(None),
             Some(newer) if newer == stored => return Err(torn()),
@@ -437,6 +441,8 @@ impl SledTree {
                     let Some((key, stored)) = next.transpose()? else {
                         return Ok(None);
                     };
+
+                    // Pieces are read with the value they belong to.
                     if pieces::is_piece(&key) {
                         continue;
                     }
@@ -461,6 +467,7 @@ impl SledTree {
     fn change(&self, key: &[u8], change: Option<&[u8]>) -> sled::Result<()> {
         let old = match change {
             Some(value) if pieces::is_split(value) => {
+                // The set is random, so new pieces never overwrite those of the value before.
                 let stub = Stub::new(rand::random(), value);
                 for (key, piece) in stub.piece_keys().zip(value.chunks(pieces::PIECE_BYTES)) {
                     self.tree.insert(key, piece)?;
@@ -520,6 +527,7 @@ impl Tree for SledTree {
     }
 
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
+        // sled never finishes a write that finds no descriptor for its file.
         if change.is_some_and(|value| value.len() >= LARGE_BYTES) {
             await_descriptor(&self.path)?;
         }
@@ -534,6 +542,8 @@ impl Tree for SledTree {
     }
 
     fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError> {
+        // On a thread of its own: sled may hang in damaged pages, and the caller must be able to
+        // give up.
         let (sender, receiver) = mpsc::sync_channel(WALK_PAGES_AHEAD);
         let (tree, trust) = (self.tree.clone(), self.trust.clone());
         let spawned = std::thread::Builder::new()

@@ -68,6 +68,8 @@ impl StartBook {
         let before: Option<Starts> = sealed::read(&*disk, &path.join(STARTS), FORMAT)?;
         let known: PeersFile = sealed::read(&*disk, &path.join(PEERS), FORMAT)?.unwrap_or_default();
         let own = before.map_or_else(|| Starts::first(id), |before| before.followed_by(id));
+
+        // Durable before a word is said: peers refuse a directory that lacks a start they heard of.
         sealed::write(&*disk, path, STARTS, FORMAT, &own)?;
         let known = Mutex::new(Known {
             starts: known.known,
@@ -116,6 +118,7 @@ impl StartBook {
         directory: DirectoryId,
         starts: &Starts,
     ) -> Result<Result<(), Lacking>, SealedError> {
+        // One at a time, or the second would overwrite what the first has learnt.
         let _writing = self.writing.lock();
         if let Err(lacking) = self.judge(directory, starts) {
             return Ok(Err(lacking));
@@ -138,6 +141,8 @@ impl StartBook {
     pub fn require(&self, directory: DirectoryId, start: Start) -> Result<(), SealedError> {
         let _writing = self.writing.lock();
         let written = self.write(directory, start);
+
+        // Also if it could not be written: the directory is refused until this process ends.
         let mut known = self.lock();
         known.starts.insert(directory, start);
         known.told.remove(&directory);

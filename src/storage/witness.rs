@@ -65,6 +65,8 @@ impl WitnessFiles {
             Err(source) => return Err(io_error("opening", &path, source)),
         };
         let damaged = |reason: &str| StoreError::Damaged(format!("{}: {reason}", path.display()));
+
+        // The scrub reads the file to find what has rotted, which the page cache would hide.
         file.forget_cached();
         let length = file
             .len()

@@ -62,6 +62,8 @@ impl Replica {
         deadline: Instant,
     ) -> Result<kv::KvOutcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
+
+        // A read-only group must go on comparing, because only that ends the state.
         if !command.is_of_agreement() {
             self.await_own_term(deadline).await?;
             self.ensure_writable(false)?;

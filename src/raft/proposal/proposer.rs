@@ -196,6 +196,8 @@ impl Proposer {
                 limit: format!("{QUEUE_WRITES_MAX} writes wait"),
             });
         }
+
+        // A single write always fits, or a large one could never be made.
         if queue.bytes + write.waiter.bytes > QUEUE_BYTES_MAX && !queue.waiting.is_empty() {
             return Err(ProposeError::Overloaded {
                 limit: format!("{QUEUE_BYTES_MAX} bytes of writes wait"),
@@ -251,6 +253,8 @@ impl Proposer {
             queue.not_before = None;
 
             let writes = take_entry(&mut queue, now);
+
+            // All that were taken had expired, and others may follow them.
             if writes.is_empty() {
                 return ProposerStep::Wait { until: Some(now) };
             }
@@ -321,6 +325,7 @@ impl Proposer {
 
     /// Puts writes that were certainly not proposed back to the front of the queue.
     fn put_back(&self, entry: &Bytes, answers: Vec<Waiter>) {
+        // Taken out of the entry again, which is rare, instead of a copy of each write.
         let writes = match kv::KvCommand::decode(entry) {
             Ok(
                 kv::KvCommand::Write { writes, .. } | kv::KvCommand::BoundedWrite { writes, .. },
@@ -421,6 +426,7 @@ impl InFlightEntry {
 
         let outcomes = match result {
             Ok(response) => outcomes(response.data, answers.len()),
+            // The leader did not append the entry, so it is safe to try again.
             Err(ClientWriteError::ForwardToLeader(ForwardToLeader {
                 reason: ForwardReason::LeaseExpired,
                 ..

@@ -69,6 +69,7 @@ impl ReadIndex {
             match tokio::time::timeout_at(deadline, confirmed).await {
                 Ok(Ok(Ok(()))) => return Ok(()),
                 Ok(Ok(Err(RoundError::Final(error)))) => return Err(error),
+                // It may last a moment only, so the read joins the next round.
                 Ok(Ok(Err(RoundError::Again))) => {}
                 Ok(Err(_)) => return Err(self.stopped()),
                 Err(_) => return Err(ReadError::Expired),
@@ -128,6 +129,8 @@ impl ReadIndex {
     /// Runs one round after another as long as reads are queued.
     pub async fn run(self: Arc<Self>, raft: RaftHandle, apply_state: Arc<ApplyState>) {
         loop {
+            // Taken before the round begins: a later read might miss what was acknowledged in
+            // between.
             let queued = {
                 let mut queue = self.lock();
                 if queue.closed.is_some() {

@@ -134,6 +134,8 @@ where
 
                 let timeout = self.timeout + allowance;
                 let due = Instant::now() + timeout;
+
+                // The timer is that of the oldest request.
                 if self.window.is_empty() {
                     self.timer.as_mut().reset(due);
                 }
@@ -151,6 +153,7 @@ where
                     follows_acked,
                 });
             }
+            // Reported after the earlier requests, so that results keep their order.
             Err(error) => {
                 self.failed = Some(error);
                 self.input = None;
@@ -160,6 +163,8 @@ where
 
     fn fill_window(&mut self, context: &mut Context<'_>) {
         while self.window.len() < WINDOW && self.window_bytes < WINDOW_BYTES {
+            // Without entries a request is not sent behind others: see the type for what that would
+            // break.
             if !self.window.is_empty() && !self.has_entries(context) {
                 return;
             }
@@ -176,6 +181,7 @@ where
     /// Returns true if the log has entries that were not taken yet. Otherwise the task is woken
     /// when it has.
     fn has_entries(&mut self, context: &mut Context<'_>) -> bool {
+        // Polled until it is pending, so that the next entry wakes this task.
         while self.grown.as_mut().poll(context).is_ready() {
             self.grown = Box::pin(self.client.network.tip.grown());
         }

@@ -121,6 +121,8 @@ impl AckedLog {
     pub fn note(&self, term: u64, matching: Option<RaftLogId>) {
         let Some(matching) = matching else { return };
         self.missing.store(0, Ordering::Relaxed);
+
+        // Another leader may have replaced what was acknowledged in an earlier term.
         if self.term.swap(term, Ordering::Relaxed) == term {
             self.end.fetch_max(matching.index + 1, Ordering::Relaxed);
         } else {
@@ -262,7 +264,9 @@ pub fn network_error(reason: &str) -> RPCError<Types> {
 /// Translates an error of a lane.
 pub fn rpc_error(error: LaneError) -> RPCError<Types> {
     match error {
+        // The peer may be well, so openraft tries again soon.
         LaneError::Broken(_) | LaneError::Late(_) => RPCError::Network(NetworkError::new(&error)),
+        // Another attempt now would fail as well, so openraft pauses.
         LaneError::Unresolved(_)
         | LaneError::Down(_)
         | LaneError::Full(_)

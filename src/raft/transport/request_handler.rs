@@ -44,6 +44,7 @@ impl Replica {
         request: PeerRequest,
         tail: Bytes,
     ) -> Result<BoxFuture<'static, PeerReply>, PeerRefusal> {
+        // Charged before it is read, and held until it is answered.
         let slot = FrameSlot::take(&self.frames)?;
         let place = self
             .context
@@ -193,6 +194,9 @@ impl Replica {
             PeerRequest::SnapshotOpen { .. } => Ok(PeerReply::WatermarkWanted),
             PeerRequest::Watermark { vote, applied } => {
                 let upto = applied.log_id.ok_or(PeerRefusal::Unreadable)?;
+
+                // It may be the only one that has the entries after it, so it keeps them where it
+                // can.
                 if self.log.entry_id(upto.index) == Some(upto) && self.log.synced() >= Some(upto) {
                     return Ok(PeerReply::SnapshotInstalled { vote });
                 }
@@ -238,6 +242,7 @@ impl Replica {
             false => append_reply(self.raft.append_entries(request).await)?,
         };
 
+        // Only the leader's appends are accepted, so only these tell what is committed.
         if matches!(reply, AppendReply::Success) {
             self.freshness.note_append(
                 commit.map_or(0, |id| id.index),
@@ -273,6 +278,8 @@ impl Replica {
     }
 
     async fn vote(&self, vote: Vote, last: Option<LogId>, leadership_transfer: bool) -> Handled {
+        // A leader may read by its lease without a quorum, so nobody else may be elected until it
+        // ends.
         if self.may_be_leased() || (!self.end_lease_if_disconnected() && !leadership_transfer) {
             return Err(PeerRefusal::Leased);
         }
@@ -289,6 +296,7 @@ impl Replica {
             .await
             .map_err(|_| PeerRefusal::Stopped)?;
 
+        // The candidate gets time to win before this replica campaigns itself.
         if response.vote_granted {
             self.timer.on_vote_granted();
         }
@@ -303,6 +311,7 @@ impl Replica {
     }
 
     async fn pre_vote(&self, vote: Vote, last: Option<LogId>) -> Handled {
+        // Refused already here, so that a candidate without a chance does not raise the term.
         if self.may_be_leased() || !self.end_lease_if_disconnected() {
             return Err(PeerRefusal::Leased);
         }
@@ -330,6 +339,7 @@ impl Replica {
     }
 
     async fn take_over(&self, from: Vote, to: ReplicaId, last: Option<LogId>) -> Handled {
+        // Before its restart this replica may have granted a lease that still holds.
         if self.may_be_leased() {
             return Err(PeerRefusal::Leased);
         }
@@ -385,6 +395,7 @@ struct FrameSlot(Arc<AtomicUsize>);
 
 impl FrameSlot {
     fn take(frames: &Arc<AtomicUsize>) -> Result<Self, PeerRefusal> {
+        // Made before the check, so that a refused one is given back by its drop.
         let slot = FrameSlot(frames.clone());
         if frames.fetch_add(1, Ordering::Relaxed) < FRAMES_MAX {
             Ok(slot)

@@ -83,6 +83,8 @@ pub async fn send(
         bytes_sent = bytes_now;
     }
 
+    // An installation may take any time. The receiver answers each request in time, and is asked
+    // again.
     loop {
         match client
             .ask(
@@ -117,6 +119,8 @@ fn name_of(snapshot: &Snapshot) -> SnapshotName {
 
 async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneError> {
     let snapshot = snapshot.clone();
+
+    // The file may not be in memory, and threads that serve must not wait for the disk.
     let read = blocking::start(move || {
         let mut chunk = vec![0; CHUNK_BYTES];
         let read = snapshot.read_at(offset, &mut chunk)?;

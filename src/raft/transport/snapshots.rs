@@ -266,6 +266,7 @@ async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<Raft
             Vote { term, .. } if term <= vote.term => {
                 return vote_to_raft(&vote).ok_or_else(|| "a vote for nobody".to_owned());
             }
+            // It campaigns or leads itself, and takes nobody's snapshot then.
             Vote { voted_for, .. } if voted_for == Some(key.replica) => break,
             Vote {
                 committed: true, ..

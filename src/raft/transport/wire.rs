@@ -328,6 +328,7 @@ pub fn encode_append(
         LogPayload::Membership(bytes) => (PayloadKind::Membership, bytes.clone()),
     };
 
+    // Payloads lie apart from the heads, so that the receiver cuts them out without copying.
     let mut heads = Vec::with_capacity(entries.len());
     let mut payloads = Vec::with_capacity(entries.len());
     for entry in entries {
@@ -466,6 +467,7 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<LogEntry>, Wi
         });
     }
 
+    // If lengths and payloads do not add up, no entry can be trusted to have its own bytes.
     if tail.has_remaining() {
         return Err(WireError::Malformed(format!(
             "{} bytes too many",
@@ -518,6 +520,7 @@ impl FrameReader {
 
     /// Takes bytes that have arrived.
     pub fn push(&mut self, chunk: Bytes) {
+        // Whole frames are handed out without copying. Only one that is cut has to be gathered.
         if self.partial.is_empty() && self.rest.is_empty() {
             self.rest = chunk;
         } else {
@@ -551,6 +554,8 @@ fn frame_bytes(bytes: &[u8], bytes_max: usize) -> Result<Option<usize>, WireErro
         return Ok(None);
     };
     let length = u32::from_le_bytes(*length) as usize;
+
+    // Refused by its length alone, before memory is taken for it.
     if length > bytes_max {
         return Err(WireError::TooLong(length));
     }

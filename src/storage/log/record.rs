@@ -252,6 +252,7 @@ pub(super) fn decode(bytes: &[u8], place: RecordPlace) -> Result<FoundRecord, Ba
         9 => LogRecord::Entry(decode_entry(body)?),
         10 => LogRecord::Restate(from_postcard(body)?),
         11 => LogRecord::Restated(decode_entry(body)?),
+        // Its checksum holds, so it is no torn tail.
         kind => return Err(BadRecord::Senseless(format!("kind {kind} is unknown"))),
     };
     Ok(FoundRecord { record, key, len })

@@ -41,6 +41,8 @@ impl ReplicaMap {
                 Err(_) => break Checked::Unread,
             }
         };
+
+        // Or each checkpoint would go on reading old values for it.
         replica.lock_writer_last().check = None;
         checked
     }
@@ -67,6 +69,8 @@ fn step(
     generation: u64,
 ) -> Result<Option<CheckedPage>, StoreError> {
     let mut writer = replica.lock_writer_last();
+
+    // What was read so far says nothing of another tree.
     if replica.check().is_err() || writer.record.generation != generation {
         return Ok(None);
     }

@@ -85,6 +85,8 @@ impl SnapshotFiles {
         applied: &Applied,
     ) -> Result<PathBuf, StoreError> {
         let path = self.directory.join(file_name(key, applied.log_id));
+
+        // Renamed after its sync, so a final name always has a whole file.
         self.disk
             .rename(temporary, &path)
             .map_err(|source| io_error("publishing", &path, source))?;

@@ -173,6 +173,8 @@ impl SnapshotWriter {
         })?;
         self.offset += bytes.len() as u64;
         self.unsynced += bytes.len();
+
+        // In parts: one sync of a large file would hold up the syncs of the log.
         if self.unsynced >= UNSYNCED_BYTES_MAX {
             self.sync()
         } else {
@@ -226,6 +228,8 @@ pub fn read_pairs(
         }
         offset += (BLOCK_START_BYTES + body.len() + CRC_BYTES) as u64;
     }
+
+    // Read once more, because the file that was inspected must be the one that was read.
     let again = decode_trailer(&read_exactly(file, end, TRAILER_BYTES)?)?;
     if again != *trailer || again.head_checksum != head_checksum {
         return Err(damaged("its trailer is of another file"));
@@ -243,6 +247,8 @@ fn read_head(file: &dyn DiskFile) -> Result<(SnapshotHead, u64, u32), StoreError
         return Err(damaged("it does not begin like one"));
     }
     let head_bytes = u32_at(&start, 12) as usize;
+
+    // The checksum comes after the head, so its length is bounded before it is believed.
     if head_bytes > HEAD_BYTES_MAX {
         return Err(damaged("the length of its head is impossible"));
     }
@@ -252,6 +258,8 @@ fn read_head(file: &dyn DiskFile) -> Result<(SnapshotHead, u64, u32), StoreError
     if crc32fast::hash(checked) != checksum {
         return Err(damaged("its head does not match its checksum"));
     }
+
+    // After the checksum: damage must not pass for a newer version.
     let format = u32_at(&start, 8);
     if format != FORMAT {
         let reason = format!("format {format} is unknown to this version");

@@ -240,6 +240,8 @@ impl SnapshotReceiver {
                 .map_err(|source| files::io_error("writing", &self.path, source))?;
             self.bytes_len += new.len() as u64;
             self.unsynced += new.len();
+
+            // In parts: one sync of a large file would hold up the syncs of the log.
             if self.unsynced >= UNSYNCED_BYTES_MAX {
                 self.unsynced = 0;
                 file.sync()
@@ -258,6 +260,8 @@ impl SnapshotReceiver {
             .expect("only finishing takes it, and consumes the receiver");
         // From here on its guardian is the snapshot, or the check below.
         let path = std::mem::take(&mut self.path);
+
+        // All of it is read before a map is given up for it.
         let checked = file
             .sync()
             .map_err(|source| files::io_error("syncing", &path, source))

@@ -160,6 +160,7 @@ impl Lanes {
 
     /// Cuts all lanes. Calls in flight and later ones fail.
     pub async fn close(&self) {
+        // The tasks first, because they would dial again.
         let tasks = self.tasks.lock().take();
         if let Some(mut tasks) = tasks {
             tasks.shutdown().await;
@@ -288,6 +289,7 @@ impl PeerLane {
     ) -> Result<Call, LaneError> {
         let mut state = self.lock();
         match &state.link {
+            // The view has another address or directory for the node by now.
             LinkState::Up(current) if current != peer => {
                 state.end(
                     &LaneError::Broken("the peer has moved".into()),
@@ -403,6 +405,7 @@ impl Stream for OutgoingFrames {
 async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
     let mut pause = PAUSE_MIN;
     loop {
+        // Dialled only for a call, so peers that are not needed cost no connection.
         while !matches!(lane.lock().link, LinkState::Idle) || lane.lock().calls.is_empty() {
             lane.called.notified().await;
         }
@@ -575,6 +578,8 @@ fn hand_out(
     reachability: &Reachability,
 ) -> Result<Option<Starts>, LaneError> {
     let mut state = lane.lock();
+
+    // A reply on an old connection must not answer a call on the next.
     if state.generation != generation {
         return Err(LaneError::Broken("the peer has moved".into()));
     }

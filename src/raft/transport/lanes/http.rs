@@ -41,6 +41,9 @@ impl Dial for HttpDial {
             let request = client
                 .post(format!("http://{}/peer/lane/{}", peer.address, lane.name()))
                 .body(body);
+
+            // The peer answers at once, before it has read a frame: the answer's body carries the
+            // replies.
             let response = request
                 .send()
                 .await
@@ -60,6 +63,8 @@ impl Dial for HttpDial {
 }
 
 fn connection() -> reqwest::Result<reqwest::Client> {
+    // Keep-alive notices a peer that vanished without closing, as after a power cut, within
+    // seconds.
     reqwest::Client::builder()
         .no_proxy()
         .http2_prior_knowledge()

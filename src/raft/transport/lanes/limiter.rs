@@ -79,6 +79,8 @@ impl LaneLimiter {
         self.make_room(&mut holders, owner)?;
 
         let number = self.next.fetch_add(1, Ordering::Relaxed);
+
+        // A later lane ends this one by its token, wherever it waits.
         let (heard, ended) = (
             Arc::new(Mutex::new(Instant::now())),
             CancellationToken::new(),
@@ -127,6 +129,9 @@ impl LaneLimiter {
         let (heard, number) = of_owner()
             .map(|(number, holder)| (heard_at(&holder.heard), *number))
             .min()?;
+
+        // A lane in use stays. Before its hello any lane may be a stranger's, so the oldest gives
+        // way.
         if owner != LaneOwner::Unknown && heard.elapsed() < SILENCE {
             return None;
         }

@@ -131,6 +131,8 @@ impl PeerDirectories {
         let contact = contacts
             .entry(directory)
             .or_insert_with(|| Arc::new(PeerContact::new(running)));
+
+        // Lanes of the start before this one are not listened to any more.
         if contact.start != running {
             contact.is_over.store(true, Ordering::Relaxed);
             *contact = Arc::new(PeerContact::new(running));
@@ -277,6 +279,9 @@ impl PeerDirectories {
             PeerRefusal::Doubled => {
                 let now = Instant::now();
                 let mut doubled = self.doubled.lock();
+
+                // A single refusal may be about a process that has just ended, so only a row of
+                // them counts.
                 let since = match *doubled {
                     Some((since, last)) if now.duration_since(last) < DOUBLE_PAUSE_MAX => since,
                     Some(_) | None => now,
@@ -288,6 +293,7 @@ impl PeerDirectories {
                     });
                 }
             }
+            // These say nothing about this directory.
             PeerRefusal::OtherCluster
             | PeerRefusal::OtherNode(_)
             | PeerRefusal::OtherDirectory(_)

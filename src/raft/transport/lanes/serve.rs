@@ -60,6 +60,7 @@ where
     I: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: std::fmt::Display + Send + 'static,
 {
+    // Only its hello says whose lane it is, so it begins among the unknown ones.
     let permit = registry.lane_limiter().take(LaneOwner::Unknown);
     LaneServer {
         registry,
@@ -215,6 +216,7 @@ impl<I> LaneServer<I> {
             return true;
         };
 
+        // Until its turn the frame waits in its connection, where it costs this node no memory.
         if let LargeFrameTurn::None = self.turn {
             let kib =
                 u32::try_from(bytes.min(FRAME_BYTES_MAX).div_ceil(1 << 10)).unwrap_or(u32::MAX);
@@ -271,6 +273,7 @@ impl<I> LaneServer<I> {
     }
 
     fn take(&mut self, chunk: Bytes) {
+        // A later start of the same directory has taken over, so this one is not listened to.
         if self.session.as_ref().is_some_and(|session| !session.note()) {
             self.ended = true;
             return;
@@ -373,6 +376,8 @@ impl<I> LaneServer<I> {
     /// Checks the hello, and takes the permit that the peer is entitled to.
     fn grant_permit(&mut self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
         let peer = self.greet(hello)?;
+
+        // Nodes that are not in the view share a few places, as anybody could claim to be one.
         let is_known = self.registry.knows(peer, hello.from_directory);
         let owner = if is_known {
             LaneOwner::Member(peer, self.lane)
@@ -423,6 +428,8 @@ impl<I> LaneServer<I> {
     /// Checks that the hello is from a node of our cluster to this very node.
     fn greet(&self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
         let identity = self.registry.identity();
+
+        // An address may have changed hands, and the frames may be meant for the node before.
         if hello.to_directory != identity.directory {
             return Err(PeerRefusal::OtherDirectory(identity.directory));
         }
