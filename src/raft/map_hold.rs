@@ -77,8 +77,8 @@ impl MapHold {
     }
 
     /// A snapshot begins to arrive; `is_news`: there is something in it that is not applied here.
-    /// Returns whether it may: one without news that comes after a hold which ended in vain was
-    /// sent for that hold. Once only, as openraft may send one for reasons of its own.
+    /// Returns whether it may: one without news was sent for a hold that has ended before another
+    /// map came. Only the first after such a hold is refused, as openraft may send some by itself.
     pub fn note_arriving(&self, name: SnapshotName, is_news: bool) -> bool {
         let is_held = self.renew();
         let mut is_late = false;

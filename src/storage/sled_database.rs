@@ -450,7 +450,7 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> OpenAttempt {
         let _ = sender.send(opened);
     };
 
-    // sled reads all of its files when it opens them.
+    // A larger database takes longer to open, and must not be taken for one that hangs.
     let limit = options.patience + Duration::from_secs(bytes_below(path) >> 24);
     if let Err(error) = std::thread::Builder::new()
         .name("open-trees".into())

@@ -42,7 +42,7 @@ impl ReplicaMap {
             }
         };
 
-        // Or each checkpoint would go on reading old values for it.
+        // Otherwise each checkpoint would go on reading old values for it.
         replica.lock_writer_last().check = None;
         checked
     }
