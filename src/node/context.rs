@@ -232,6 +232,8 @@ impl Views {
             if view.version.0 == known.version.0 + 1 && view.epoch > known.epoch {
                 self.note_end(known);
             }
+
+            // Before the view: whoever sees the new view finds the map that goes with it.
             *self.map.write() = Arc::new(ShardMap::from_view(&view, |_| None));
             self.level.fetch_max(view.level, Ordering::Relaxed);
             self.forget_moved(known, &view);
@@ -703,7 +705,7 @@ impl NodeContext {
         let mut cached = self.status.lock().await;
         let view = self.view();
 
-        // The lock is held while nodes are asked: one round of questions answers all who wait.
+        // The lock is held while nodes are asked, so that one round answers all who wait.
         if let Some((at, status)) = cached.as_ref()
             && at.elapsed() < STATUS_FRESH_FOR
             && status.version == view.version

@@ -330,6 +330,7 @@ impl LocalShards {
             .filter(|leader| *leader != self.context.node)
             .and_then(|leader| self.context.place_of(leader, Hop::Answer));
         let around = || {
+            // This node leads by now: then nobody else is to be asked.
             let is_here = found == Some(self.context.node);
             let peer = self.context.peer_for(shard).filter(|_| !is_here);
             peer.filter(|peer| peer.hop == Hop::Relay)

@@ -200,6 +200,7 @@ impl Locator {
             }
             Ok(_) | Err(CallError::Refused { .. }) => Answer::No,
             Err(CallError::NotConnected { .. } | CallError::NoAnswer { .. }) => {
+                // It may be out of reach for this node alone: that is looked into.
                 reachability.suspect(peer.node);
                 Answer::No
             }

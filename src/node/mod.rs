@@ -146,6 +146,7 @@ impl Node {
     ///
     /// Why the node can't go on: it must stop, and says so.
     pub async fn run(&self, shutdown: &CancellationToken) -> Result<(), NodeError> {
+        // First of all: what a retirement has left must not be opened again.
         let finishing = Arc::clone(&self.joining);
         match blocking::start(move || running_node::finish_retirement(&finishing)).await {
             Ok(Ok(true)) => return Err(NodeError::Retired),
@@ -190,6 +191,9 @@ impl Node {
                 } else {
                     error.into()
                 };
+
+                // A process that fails at every start must not start again and again without a
+                // pause.
                 let is_rested = !error.may_come_back() || self.rested(shutdown).await;
                 return if is_rested { Err(error) } else { Ok(()) };
             }
@@ -234,6 +238,9 @@ impl Node {
                 never = running.give_up_room_at(shutdown) => match never {},
             }
         }
+
+        // Everything is written down only at a stop that was asked for: after a failure the disk
+        // may hang.
         running.stop(result.is_ok()).await;
         result
     }
@@ -298,6 +305,8 @@ impl Node {
             .joining
             .greeted(&greeting, views.is_some(), is_news)
             .await;
+
+        // Only what was confirmed: anybody can send a greeting.
         if let (GreetingReply::Welcome(_), Some(views)) = (&reply, views) {
             views.found_at(greeting.directory, &greeting.address);
         }
@@ -312,6 +321,7 @@ impl Node {
     /// Hands every leadership over to another replica, as far as there is one within the time: the
     /// first step of a clean stop, while requests are still answered.
     pub async fn hand_over(&self, timeout: Duration) {
+        // Said first, so that no other node hands a shard over to this one meanwhile.
         self.is_stopping.store(true, Ordering::Relaxed);
         if let Some(running) = self.running.get() {
             running.registry().hand_over(timeout).await;
@@ -669,6 +679,7 @@ impl Store for Node {
     fn by_network(&self, nodes: &[Address]) -> Option<Arc<dyn Store>> {
         let own = &self.joining.config().address;
         let known = match self.running.get() {
+            // It stays a member, and hears itself how the change ends.
             Some(_) if nodes.contains(own) => return None,
             Some(running) => running
                 .context()

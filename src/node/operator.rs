@@ -422,6 +422,8 @@ impl Operator {
         let unsettled = view.groups.iter().filter(|(_, group)| !group.is_settled());
         for (id, group) in unsettled.take(NAMES_MAX) {
             let name = id.named();
+
+            // A node out of reach is the likelier reason, so it is named first.
             let silent: Vec<String> = group
                 .wanted()
                 .filter(|(_, node)| !self.is_in_reach(*node))

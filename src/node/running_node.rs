@@ -234,8 +234,8 @@ impl RunningNode {
                     );
                     tokio::time::sleep(OPEN_AGAIN_AFTER).await;
                 }
-                // A directory that never was a member has nothing to go on with, and condemned maps need
-                // another process.
+                // A directory that never was a member has nothing to go on with, and condemned maps
+                // need another process.
                 Err(error) if may_create || are_maps_condemned(joining.directory_path()) => {
                     return Err(StartError::Meta(error));
                 }
@@ -562,6 +562,8 @@ impl ControllerTasks {
         let leader_placement = LeaderPlacement::new(context.clone());
         let log_compactor =
             LogCompactor::new(context.clone(), storage.log.clone(), config.log_bytes);
+
+        // The watchdog knows "janitor" and "compactor" by their names: their rounds may be long.
         tasks.start("balancer", |stop| async move {
             leader_placement.run(&stop).await
         });

@@ -62,6 +62,7 @@ pub fn split_leveled<'a>(
     bytes: &'a [u8],
     what: &'static str,
 ) -> Result<Option<(u16, &'a [u8])>, StoreError> {
+    // Later formats have their level in this place too: so a newer program is told from damage.
     let Some((&format, body)) = bytes
         .split_first()
         .filter(|(format, _)| **format >= LEVELED)
@@ -112,6 +113,8 @@ pub fn decode_body<'a, T: Deserialize<'a>>(
     what: &'static str,
 ) -> Result<T, StoreError> {
     let (value, rest) = take_body(body, what)?;
+
+    // Bytes that nobody has read are damage, or of a newer program: never passed over.
     if rest.is_empty() {
         return Ok(value);
     }
@@ -200,6 +203,8 @@ impl<'de> Flavor<'de> for MeteredBytes<'de> {
             .split_first()
             .ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
         self.rest = rest;
+
+        // It may be the length of a list: it is charged for what it can turn into.
         self.owe(MADE_PER_BYTE)?;
         Ok(*first)
     }
@@ -214,6 +219,8 @@ impl<'de> Flavor<'de> for MeteredBytes<'de> {
             .split_at_checked(count)
             .ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
         self.rest = rest;
+
+        // Taken as they are, bytes cost no more than themselves.
         self.owe(count)?;
         Ok(taken)
     }

@@ -178,6 +178,7 @@ impl WriteBatch {
 
     /// Puts every change of `later` over this one.
     pub fn merge(&mut self, later: WriteBatch) {
+        // The first write of an entry, and mostly the only one: nothing is copied.
         if self.is_empty() {
             *self = later;
             return;

@@ -403,17 +403,20 @@ impl RequestMemory {
     fn sweep<R: Read>(&mut self, entry: &mut EntryTransaction<'_, R>) -> Result<(), StoreError> {
         let mut left = SWEEP_RECORDS_MAX;
         for _ in 0..SWEEP_SLOTS_MAX {
+            // One seek finds the next slot with records: those without any cost nothing.
             let mut next = None;
             entry.scan(&expiry_range_from(self.clock.sweep), |key, _| {
                 next = Some(parse_expiry_key(&key).ok_or_else(|| misplaced(&key))?);
                 Ok(false)
             })?;
             let Some((slot, _, _)) = next else {
+                // Nothing from here on: the next sweep begins at the first slot.
                 self.clock.sweep = Slot::default();
                 break;
             };
             left -= self.forget_expired(entry, slot, left, u64::MAX)?;
             if left == 0 {
+                // This slot may have more: the next sweep goes on here.
                 self.clock.sweep = slot;
                 break;
             }

@@ -127,6 +127,7 @@ impl SlotContents {
         before: Option<usize>,
         after: Option<usize>,
     ) -> Option<()> {
+        // A count below zero means a damaged map, which must come to light.
         if let Some(before) = before {
             self.keys = self.keys.checked_sub(1)?;
             self.bytes = self.bytes.checked_sub((key_bytes + before) as u64)?;
@@ -210,6 +211,7 @@ pub(super) fn misplaced(key: &[u8]) -> StoreError {
 }
 
 fn head(tag: u8, slot: Slot) -> [u8; HEAD] {
+    // Big-endian, so that keys lie in the order of their slots.
     let [high, low] = slot.number().to_be_bytes();
     [tag, high, low]
 }
@@ -285,6 +287,8 @@ pub fn request_range(slot: Slot) -> KeyRange {
 pub fn expiry_key(slot: Slot, time_ms: u64, idempotency_key: &[u8]) -> Bytes {
     let mut key = BytesMut::with_capacity(HEAD + 8 + idempotency_key.len());
     key.put_slice(&head(TAG_EXPIRY, slot));
+
+    // Big-endian, so that the oldest come first.
     key.put_u64(time_ms);
     key.put_slice(idempotency_key);
     key.freeze()

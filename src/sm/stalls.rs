@@ -62,6 +62,7 @@ impl Behind {
     /// Notes that it has `reached` what it has now, of what is `wanted`. Returns the age of what it
     /// lacks, in milliseconds.
     pub fn observe(&mut self, now_ms: u64, wanted: u64, reached: u64) -> u64 {
+        // Measured by what was wanted at first, not now: a busy disk is always a little behind.
         if let Some((index, since)) = self.0
             && reached < index
         {
@@ -163,6 +164,7 @@ fn verdict(ms: u64, told_ms: u64, hangs_ms: u64, may_end: bool) -> StallVerdict 
 /// `is_at_disk`: it writes or syncs. `others_go_on`: something is committed that this node's disk
 /// lacks.
 pub fn judge_writer(ms: u64, is_at_disk: bool, others_go_on: bool) -> StallVerdict {
+    // A new start mends no disk: at the disk it ends only where the others go on without it.
     match is_at_disk {
         true => verdict(ms, WRITER_TOLD_MS, DISK_HANGS_MS, others_go_on),
         false => verdict(ms, WRITER_TOLD_MS, WRITER_HANGS_MS, true),

@@ -123,6 +123,8 @@ impl MembershipSteps {
             }
         }
 
+        // A step may wait for a quorum that is not there: after a while the group is looked at
+        // anew.
         let taken =
             tokio::time::timeout(STEP_TIMEOUT, self.take(view, spec, group, step.clone())).await;
         let reason = match taken {

@@ -359,6 +359,7 @@ fn tell_claim(
             )
         }
         (Some(before), Some(claim)) => {
+            // Told once, at the look with which the grace has passed.
             let passed =
                 |claim: &DirectoryClaim| claim.last.duration_since(claim.since) >= lost_disk_after;
             if passed(&claim) && !passed(&before) {

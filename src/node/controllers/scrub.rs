@@ -125,6 +125,8 @@ impl Scrubs {
 
     fn end(&self, was_broken_off: bool) {
         let mut ledger = self.lock();
+
+        // One that was broken off has not read everything: metrics must not count it.
         if !was_broken_off {
             ledger.counts.ended += 1;
             ledger.counts.last_end = Some(SystemTime::now());
@@ -163,6 +165,7 @@ impl Scrubs {
 
 impl ScrubLedger {
     fn status(&self) -> ScrubStatus {
+        // Told as one that runs, so that nobody takes the last one for what was asked for.
         if self.is_asked {
             return ScrubStatus {
                 number: self.last.number + 1,
@@ -538,6 +541,8 @@ impl<'a> Resting<'a> {
     fn read(&mut self, bytes: u64) -> bool {
         self.bytes += bytes;
         self.uncounted += bytes;
+
+        // In slices: small reads cost neither a lock nor a look at the clock.
         if self.uncounted < SLICE_BYTES {
             return true;
         }
@@ -548,6 +553,7 @@ impl<'a> Resting<'a> {
             }
             match Duration::from_millis(rest_ms(self.bytes, millis(self.began.elapsed()))) {
                 Duration::ZERO => return true,
+                // In short rests, so that a stop is soon seen.
                 rest => std::thread::sleep(rest.min(REST_MAX)),
             }
         }

@@ -479,6 +479,7 @@ impl MoveDriver {
             group,
             slot_move,
             MoveSide::Destination,
+            // The time is that of the destination's group: its leader puts it in.
             KvCommand::Install {
                 time_ms: 0,
                 install,

@@ -125,6 +125,7 @@ impl PendingGets {
     /// Returns the first slot, in their order, in which more than `bytes_max` were found. `slot_of`
     /// knows that of an outcome's place.
     pub fn first_beyond(&self, bytes_max: u64, slot_of: impl Fn(usize) -> Slot) -> Option<Slot> {
+        // Mostly the sum is small already, and no slot need be looked at.
         if self.bytes as u64 <= bytes_max {
             return None;
         }

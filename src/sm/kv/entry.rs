@@ -196,6 +196,8 @@ impl<'a, R: Read> EntryTransaction<'a, R> {
         for (slot, touched) in self.states.iter().filter(|(_, touched)| touched.changed) {
             let state = touched.state;
             state.check_invariants(*slot);
+
+            // Only a change of ownership is a step of a move; writes change the rest at any time.
             if state.ownership == touched.was {
                 continue;
             }

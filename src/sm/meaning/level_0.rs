@@ -128,6 +128,8 @@ fn writes(script: &mut Script) {
     script.run("w", &put("{a}2", ""));
     script.run("w", &put("", "the empty key"));
     script.attempt("w", &put("{z}1", "of a slot that is not owned"));
+
+    // Each condition with each action: of a key with a value, with an empty one, and with none.
     let conditions = [
         Condition::None,
         Condition::Absent,
@@ -149,6 +151,8 @@ fn writes(script: &mut Script) {
             }
         }
     }
+
+    // A write sees what it has done so far, and one condition that fails undoes all of it.
     let mixed = |last: Condition| {
         vec![
             operation("{a}1", Condition::Present, Action::Get),
@@ -164,6 +168,8 @@ fn writes(script: &mut Script) {
     script.attempt("w", &write(7, None, mixed(Condition::Absent)));
     script.run("w", &write(7, None, mixed(Condition::Present)));
     script.run("w", &write(7, None, vec![]));
+
+    // Writes of one entry see each other's changes, and a rejected one holds up none.
     let several = ["{a}1", "{z}1", "{a}1"].map(|key| Write {
         operations: vec![operation(
             key,
@@ -233,6 +239,8 @@ fn requests(script: &mut Script) {
             operation("{a}1", Condition::None, Action::Get),
         ]
     };
+
+    // Sent again it is answered as before; other operations under its key are rejected.
     script.run("r", &write(1000, Some("k"), two()));
     script.run("r", &write(1001, Some("k"), two()));
     script.attempt(
@@ -267,6 +275,8 @@ fn requests(script: &mut Script) {
     ];
     script.attempt("r", &write(1006, Some("m"), mixed));
     script.run("r", &put("{a}1", "between"));
+
+    // Before, at and after the time when records expire, and a time that goes back.
     for time_ms in [
         900,
         2000,
@@ -309,6 +319,7 @@ fn requests(script: &mut Script) {
         ),
     );
 
+    // A full memory rejects what has a key, and takes the rest.
     let full = slot_of(b"f");
     let mut state = SlotState::read(script.map("r"), full).expect("readable");
     state.requests.bytes = REQUESTS_BYTES_MAX - 100;
@@ -343,6 +354,7 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
         .unwrap_or_default();
     let others = slots(&["a"]);
     for side in [source, destination] {
+        // Under the ids before and after it too: what was overtaken, and what is not open.
         for id in [of, MoveId(of.0 - 1), MoveId(of.0 + 1)] {
             let steps = |set: &BTreeSet<Slot>| {
                 [
@@ -364,12 +376,16 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
             for entry in steps(moved) {
                 script.attempt(side, &entry);
             }
+
+            // Its own id with other slots, and with none.
             if id == of {
                 for entry in steps(&others).into_iter().chain(steps(&BTreeSet::new())) {
                     script.attempt(side, &entry);
                 }
             }
         }
+
+        // Clients meet the slots as the last step has left them.
         for key in ["{a}1", "{b}9"] {
             script.attempt(
                 side,
@@ -384,6 +400,8 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
                 &write(50, None, vec![operation(key, Condition::None, Action::Get)]),
             );
         }
+
+        // A pair that is neither data nor a request.
         let pairs = vec![(Bytes::from_static(b"\x07odd"), Some(Bytes::new()))];
         let odd = Install {
             id: of,
@@ -490,6 +508,8 @@ fn whole_move(script: &mut Script) {
     begin(script, id, &moved);
     try_all(script, id, &moved);
     copy(script, id, 10);
+
+    // While pairs are copied one key is overwritten, one is deleted and one is new.
     script.run("s", &put("{a}2", "changed"));
     script.run(
         "s",
@@ -501,6 +521,8 @@ fn whole_move(script: &mut Script) {
     );
     script.run("s", &put("{b}9", "new"));
     try_all(script, id, &moved);
+
+    // In small chunks, so that cursors stand among the pairs and among the changes.
     loop {
         let cursor = progress(script.map("d"), id).cursor;
         let chunk = move_chunk(script.map("s"), id, &cursor, 60)
@@ -518,6 +540,8 @@ fn whole_move(script: &mut Script) {
         .expect("readable")
         .expect("frozen");
     let chunk = progress(script.map("d"), id).chunk;
+
+    // One key more than was installed: that must not pass.
     let mut wrong = contents.clone();
     if let Some(first) = wrong.values_mut().next() {
         first.keys += 1;
@@ -618,6 +642,8 @@ fn aborted_move(script: &mut Script) {
 fn clears(script: &mut Script) {
     let (id, moved) = (MoveId(4), slots(&["g", "h"]));
     own(script, "g", &["g", "h"]);
+
+    // More than the mebibyte that one entry may delete.
     for n in 0..9 {
         let text = vec![n; 200_000];
         script.run(
@@ -633,6 +659,8 @@ fn clears(script: &mut Script) {
             ),
         );
     }
+
+    // Small ones are bounded by the number of keys, not by bytes.
     for n in 0..4 {
         script.run(
             "g",
@@ -656,6 +684,8 @@ fn clears(script: &mut Script) {
     script.run("g", &put("{h}1", "marked"));
     script.run("g", &MoveCommand::Freeze.into_command(id, &moved).encode());
     script.run("g", &MoveCommand::Release.into_command(id, &moved).encode());
+
+    // All limits meet the same state, since nothing is kept.
     for limit in [0, 1, 2, 3, 5, 7, 1000] {
         script.attempt(
             "g",
@@ -755,9 +785,13 @@ fn report_all(script: &mut Script) {
             }
             .encode()
         };
+
+        // Of the plan before, of an older entry, and of a group that is not there.
         script.attempt("m", &report(group, told(index), PlanEpoch(now.epoch.0 - 1)));
         script.attempt("m", &report(group, told(1), now.epoch));
         script.attempt("m", &report(GroupId(77), told(index), now.epoch));
+
+        // A membership that leaves members out.
         let some = ReportedMembership {
             voters: BTreeSet::from([ReplicaId(1)]),
             ..told(index)
@@ -784,8 +818,12 @@ fn move_all(script: &mut Script) {
             }
             .encode()
         };
+
+        // Against the plan, and of no slots.
         script.attempt("m", &open(to, from, &slots));
         script.attempt("m", &open(from, to, &BTreeSet::new()));
+
+        // After an abort the slots are still to move, and a second move takes them.
         for abort in [true, false] {
             let id = view(script).next_move;
             script.run("m", &open(from, to, &slots));
@@ -822,6 +860,8 @@ pub fn meta() -> Script {
         .encode()
     };
     let first = founding(&[1, 2, 3], PlacementSpec::default());
+
+    // Before there is a view all is rejected, and so is a first view that is not sound.
     for entry in [
         announce(1, 1, "n1:1"),
         install(MapVersion(1), &first),
@@ -841,6 +881,8 @@ pub fn meta() -> Script {
     }
     script.run("m", &found(&first));
     script.attempt("m", &found(&first));
+
+    // As it is, from another directory, of an unknown node, at a taken address, and elsewhere.
     for (number, directory, address) in [
         (1, 1, "n1:1"),
         (1, 2, "n1:1"),
@@ -883,6 +925,8 @@ pub fn meta() -> Script {
     for (nodes, asked) in steps {
         let now = view(&mut script);
         let planned = next(&now, asked, nodes);
+
+        // Plans over another version, and with numbers, ids or owners that are not the next.
         script.attempt("m", &install(MapVersion(now.version.0 + 1), &planned));
         script.attempt(
             "m",

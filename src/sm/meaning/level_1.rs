@@ -78,6 +78,8 @@ fn answers_past_the_bound(script: &mut Script) {
         let gets = std::iter::repeat_n(of(Action::Get), count);
         write(gets.chain([of(then)]).collect())
     };
+
+    // Five times three megabytes fit into 16 MiB, six times do not.
     for count in [1, 5, 6] {
         script.attempt("b", &entry(vec![gets(count, Action::Delete)]));
     }
@@ -163,6 +165,8 @@ pub fn meta() -> Script {
         }
         .encode()
     };
+
+    // A plan must not lower the level.
     script.attempt(
         "m",
         &install(&View {

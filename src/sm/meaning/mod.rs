@@ -187,6 +187,8 @@ fn check(kind: MapKind, name: &str, text: &str) -> Vec<Bytes> {
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
     {
         let words: Vec<&str> = line.split(' ').collect();
+
+        // A line meets its map as the lines before it have left it.
         let map = maps.entry(words[0]).or_default();
         match words[1..] {
             ["pair", key, value] => drop(map.insert(bytes(key), bytes(value))),
@@ -196,6 +198,8 @@ fn check(kind: MapKind, name: &str, text: &str) -> Vec<Bytes> {
                 let of = format!("{name}, entry {index}: {}", describe(kind, &entry));
                 assert_eq!(answered, bytes(outcome), "{of}");
                 assert_eq!(batch_text(&batch), changes, "{of}");
+
+                // What is tried is not kept, so that one state can meet many entries.
                 if verb == "do" {
                     put(map, batch);
                 }
@@ -217,6 +221,7 @@ fn describe(kind: MapKind, entry: &[u8]) -> String {
 
 /// Checks a golden file, or writes it if that was asked for.
 fn hold(kind: MapKind, name: &str, text: &str, scenario: fn() -> Script) -> Vec<Bytes> {
+    // Only by name, so that the file of a released level is never written by chance.
     if std::env::var("QUORATE_MEANING")
         .is_ok_and(|asked| asked.split(',').any(|asked| asked == name))
     {

@@ -123,6 +123,7 @@ impl<R: Read> ChunkReader<'_, R> {
         slots: &BTreeSet<Slot>,
         after: Bytes,
     ) -> Result<Option<Bytes>, StoreError> {
+        // Keys of requests sort before those of data: so one cursor goes through both.
         let requests = slots.iter().map(|slot| request_range(*slot));
         let data = slots.iter().map(|slot| data_range(*slot, &KeyRange::all()));
         for range in requests.chain(data) {
@@ -155,6 +156,8 @@ impl<R: Read> ChunkReader<'_, R> {
             let (mark, _) = mark?;
             let (_, key) = parse_change_key(&mark).ok_or_else(|| misplaced(&mark))?;
             self.count(mark.len());
+
+            // It was read from this very map, so that it has its newest value already.
             if !self.pairs.contains_key(&key) {
                 let value = self.read.get(&key)?;
                 self.count(key.len() + value.as_ref().map_or(0, Bytes::len));
@@ -194,6 +197,8 @@ pub(super) fn remaining_change_bytes(
     let mut bytes = 0;
     for mark in read.scan(&range_after(change_range(id), after), Direction::Forward) {
         bytes += change_weight(&mark?.1)?;
+
+        // More need not be counted: nothing depends on how much more it is.
         if bytes >= bytes_max {
             break;
         }

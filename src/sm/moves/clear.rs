@@ -46,6 +46,7 @@ pub(in crate::sm) fn clear<R: Read>(
     slots: &BTreeSet<Slot>,
     limit: u32,
 ) -> Result<MoveOutcome, StoreError> {
+    // An open move still needs its marks, and what is in its slots.
     if entry.open_move(id)?.is_some() {
         return Ok(MoveRejection::Open { id }.into());
     }

@@ -299,7 +299,7 @@ pub(in crate::sm) fn activate<R: Read>(
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
         MovePhase::Copying { .. } | MovePhase::Frozen { .. } => Ok(unfit(NOT_THE_DESTINATION)),
-        // Before it is compared with the source, what is missing here would be lost.
+        // Not compared with the source yet: to serve now could lose what is missing here.
         MovePhase::Installing { progress, .. } if !progress.complete => {
             Ok(MoveRejection::Incomplete.into())
         }

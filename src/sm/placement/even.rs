@@ -224,6 +224,8 @@ fn cycle_through(
 ) -> Option<Vec<(usize, usize, FlowStep)>> {
     let mut cycle = Vec::new();
     let mut at = bin;
+
+    // A longer way has met a bin twice: then it leads into a cycle without this one.
     while cycle.len() < before.len() {
         let (from, step) = before[at]?;
         cycle.push((from, at, step));

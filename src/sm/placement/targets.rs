@@ -37,6 +37,8 @@ pub fn even_targets(view: &View, shards: &BTreeSet<GroupId>) -> SlotTable {
     for (rank, id) in ranked.into_iter().enumerate() {
         let share = least + usize::from(rank < over);
         let mut own = owned.get(&id).cloned().unwrap_or_default();
+
+        // What was to stay anyway is kept first, so that few targets change.
         own.sort_by_key(|slot| (view.targets.owner(*slot) != id, *slot));
         own.truncate(share);
         own.iter().for_each(|slot| targets.set_owner(*slot, id));
@@ -49,10 +51,14 @@ pub fn even_targets(view: &View, shards: &BTreeSet<GroupId>) -> SlotTable {
             .map(|left| *left -= 1)
             .is_some()
     };
+
+    // A slot that was already to go somewhere still goes there, if there is room.
     let homeless: Vec<Slot> = Slot::all()
         .filter(|slot| !kept.contains(slot))
         .filter(|slot| !take(targets.owner(*slot)))
         .collect();
+
+    // In runs, because the table is written as runs of slots with one owner.
     let takers = room
         .iter()
         .flat_map(|(id, left)| std::iter::repeat_n(*id, *left));

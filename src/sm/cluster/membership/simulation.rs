@@ -191,6 +191,8 @@ impl Raft {
                 .into_iter()
                 .filter(|replica| self.matched(leader, *replica) >= upto)
                 .collect();
+
+            // Only what is of the leader's own term is committed by counting (Raft, 5.4.2).
             if log[upto - 1].term == self.term && has_majority(&members.configs, &holds) {
                 assert!(
                     log.starts_with(&self.committed),
@@ -243,6 +245,8 @@ impl Raft {
         let Some((_, known)) = effective(self.log(leader)) else {
             return;
         };
+
+        // Learners too: whoever has a map may still need the log.
         let mapped = known
             .all()
             .into_iter()
@@ -325,6 +329,8 @@ impl Raft {
             })
             .collect();
         self.term += 1;
+
+        // A vote is a promise, whether the candidate wins or not.
         for voter in &votes {
             self.promised.insert(*voter, self.term);
         }
@@ -339,6 +345,8 @@ impl Raft {
         );
         self.leader = Some(candidate);
         self.is_changing = false;
+
+        // The blank entry of its term: with it all that is before it is committed.
         self.append(None);
     }
 }
@@ -422,6 +430,8 @@ impl Sim {
             .filter(|id| !self.up.contains(id))
             .copied()
             .collect();
+
+        // A plan may count on nodes that are away, or not.
         let out = if self.rng.random_bool(0.5) {
             away
         } else {
@@ -462,6 +472,8 @@ impl Sim {
             if raft.leader == Some(*replica) {
                 raft.leader = None;
             }
+
+            // Its promises are wiped with it, so it may have no vote any more.
             let votes = effective(&raft.committed)
                 .is_some_and(|(_, members)| members.voters().contains(replica));
             assert!(!votes, "replica {replica} of {group} is wiped, and votes");
@@ -566,6 +578,8 @@ impl Sim {
         }
         if let MembershipStep::Report(reported) = step {
             assert!(now.is_settled);
+
+            // A report may come more than once, late, and behind later ones.
             let copies = self.rng.random_range(1..=3);
             self.reports.extend(vec![
                 MetaCommand::Report {
@@ -577,6 +591,8 @@ impl Sim {
             ]);
             return;
         }
+
+        // Raft refuses a change while another is not committed.
         if !raft.is_membership_committed() {
             return;
         }
@@ -603,6 +619,8 @@ impl Sim {
                     newcomers.is_subset(&now.caught_up),
                     "voters before they have caught up"
                 );
+
+                // Without a live majority nothing is committed: then there is nothing to lose.
                 if has_majority(&members.configs, &up) {
                     let live = |of: &Replicas| of.intersection(&up).count();
                     assert!(
@@ -777,6 +795,7 @@ impl Sim {
                 self.up.extend(nodes.into_iter().choose(&mut self.rng));
             }
             4 => self.elect(id),
+            // The leader leaves a change of voters half done: a later step has to end it.
             5 => self.groups.get_mut(&id).expect("a group").is_changing = false,
             _ => self.plan(),
         }
