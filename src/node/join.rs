@@ -306,6 +306,8 @@ impl Joining {
     /// given.
     pub fn promise(&self, request: &PromiseRequest) -> PromiseReply {
         let mut refusal = None;
+
+        // Decided and written under one lock: two founders must not both get a promise.
         let stamped = self.directory.update_stamp(|stamp| {
             bootstrap::answer_promise(self.own(stamp), request).unwrap_or_else(|reason| {
                 refusal = Some(reason);
@@ -463,6 +465,7 @@ impl Joining {
     fn as_stamped(&self) -> Joined {
         match self.directory.stamp() {
             Stamp::Member { node, view, .. } => Joined { node, view },
+            // Founded, and ended before it could stamp itself a member: it goes on from there.
             Stamp::Founding { view } => {
                 let node = view
                     .nodes

@@ -636,6 +636,7 @@ impl ShardAccess for LocalShards {
             (None, Routing::Redirect) => match self.redirect(shard, options).await {
                 Some(failure) => ShardReply::Failed(failure),
                 None => {
+                    // The search for the leader has used up some of the time.
                     let timeout = deadline.saturating_duration_since(Instant::now());
                     let options = Options { timeout, ..options };
                     self.forward(shard, body, options).await
@@ -825,6 +826,8 @@ impl LocalShards {
         if meta.leads() {
             return Ok(None);
         }
+
+        // A leader whose lanes have all broken may have ended: a call would only use up the time.
         let is_known = |leader: &NodeId| {
             *leader != self.context.node && !self.context.registry.is_disconnected(*leader)
         };

@@ -92,6 +92,8 @@ impl Locator {
                 }
             }
         };
+
+        // Whatever comes first: word of a leader, or the answer of one that was asked.
         tokio::select! {
             biased;
             known = heard => Some(known),

@@ -169,6 +169,8 @@ impl Operator {
             match self.plan(&view, change).await {
                 Ok(planned) => return Ok((view, planned)),
                 Err(ViewChangeFailure::NotReady { reason }) => {
+                    // Nothing else makes a node ready in a moment, so only such a node is waited
+                    // for.
                     leavers.any = leavers.any || self.is_leaving_late(&view, change).await;
                     if !leavers.any || Instant::now() >= leavers.until {
                         return Err(ViewChangeFailure::NotReady { reason });
@@ -201,6 +203,8 @@ impl Operator {
                     &identity.standing,
                     Standing::Member { view: known } if known.cluster == view.cluster
                 );
+
+                // It may not hear from its leaders any more, so it is told whom to ask.
                 if is_ours {
                     self.context
                         .peers

@@ -409,6 +409,9 @@ impl RunningNode {
     pub async fn announce(&self, announcement: Announcement) -> Result<meta::MetaOutcome, Failure> {
         let Announcement { cluster, command } = announcement;
         self.context.ensure_ours(cluster)?;
+
+        // A peer tells of itself and of groups that it leads; plans and levels are decided by the
+        // leader.
         match command {
             meta::MetaCommand::Announce { .. }
             | meta::MetaCommand::OpenMove { .. }

@@ -225,6 +225,7 @@ impl<R: Read> Overlay<'_, R> {
         seen: impl Fn(&Bytes) -> V + 'a,
         below: impl FnOnce(&'a R) -> Items<'a, V>,
     ) -> Items<'a, V> {
+        // A `BTreeMap` panics when it is asked for a range that ends before it begins.
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
@@ -303,6 +304,7 @@ impl<V> Iterator for Layered<'_, V> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             let order = match (self.above.peek(), self.below.peek()) {
+                // An error below goes out at once: nothing can be merged with what was not read.
                 (None, _) | (Some(_), Some(Err(_))) => return self.below.next(),
                 (Some(_), None) => std::cmp::Ordering::Less,
                 (Some((above, _)), Some(Ok((below, _)))) => match self.direction {
@@ -316,6 +318,8 @@ impl<V> Iterator for Layered<'_, V> {
             if order == std::cmp::Ordering::Equal {
                 self.below.next();
             }
+
+            // A deletion has hidden its pair, and is none itself: then the next ones are looked at.
             if let Some((key, Some(value))) = self.above.next() {
                 return Some(Ok((key, value)));
             }

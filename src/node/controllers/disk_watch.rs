@@ -99,6 +99,8 @@ impl DiskWatch {
         } else {
             self.hand_over().await;
         }
+
+        // Checkpoints wait where there is no room: each look lets them try again.
         self.states.write_what_waited_for_room();
     }
 

@@ -38,6 +38,8 @@ impl FailureReporter {
 
     async fn report(&self) {
         let view = self.context.view();
+
+        // This node may lead the meta group itself: nobody else tells it then.
         self.context.reports.take(&view, self.directory);
         let report = FailureReport {
             cluster: self.context.cluster,

@@ -61,6 +61,8 @@ impl MapCompactor {
                 context: "copying the maps".into(),
                 source,
             };
+
+            // At a low priority: whole maps are copied while clients are served.
             background::run("compact-maps", compact).map_err(no_thread)?
         });
         let broken_off = |error| StoreError::Io {

@@ -505,6 +505,8 @@ impl Pass {
             {
                 tracing::warn!("snapshot of {key} was not written: {error}");
             }
+
+            // Log is let go of only behind a durable snapshot, also log of a damaged segment.
             if covers() {
                 group.purge_log(upto).await;
             }

@@ -582,6 +582,7 @@ impl MoveDriver {
         let known = self.context.view().version;
         let is_news = match self.context.tell_meta(command, STEP_TIMEOUT).await {
             Ok(meta::MetaOutcome::Done) => true,
+            // Ended already: the answer to an earlier try was lost.
             Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::NoSuchMove(_))) => false,
             Ok(other) => {
                 return Err(StepError::Later(format!(
@@ -596,6 +597,8 @@ impl MoveDriver {
             slot_move.slots.len(),
             slot_move.to
         );
+
+        // With the old view the move would be driven once more.
         self.context.wait_for_map(known).await;
         Ok(is_news)
     }

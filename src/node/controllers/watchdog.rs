@@ -137,6 +137,8 @@ impl Watchdog {
             tasks: Beat::default(),
             log: Box::new(move || log.activity()),
         });
+
+        // A task can't see that no task runs: a thread does.
         if let Err(error) = watch_runtime(&self.supervisor, &watched, RUNTIME_LOOK) {
             tracing::warn!("nothing watches whether tasks run: {error}");
         }

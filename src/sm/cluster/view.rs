@@ -35,6 +35,8 @@ pub(super) fn decode_ending<T: for<'a> Deserialize<'a>>(
         return codec::decode_body(body, what);
     }
     let (format, body) = codec::split(bytes, FORMAT, what)?;
+
+    // Later fields stand at the end, so what an earlier format lacks is put behind it.
     let missing: &[u8] = if format == codec::FORMAT {
         &[NO_WITNESSES, LEVEL_0]
     } else {

@@ -223,6 +223,7 @@ impl<'a, R: Read> EntryTransaction<'a, R> {
 
     /// All that the entry at `index` did.
     pub fn into_batch(mut self, index: u64) -> Result<WriteBatch, StoreError> {
+        // Last of all, so that nothing that the entry changes is left without a mark.
         self.mark_changes(index)?;
         if cfg!(debug_assertions) {
             self.check_invariants()?;

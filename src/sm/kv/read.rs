@@ -407,6 +407,7 @@ impl<'a, R: Read> SlotMerge<'a, '_, R> {
 fn rest_of(slot: Slot, range: &KeyRange, user_key: &Bytes, direction: Direction) -> KeyRange {
     match direction {
         Direction::Forward => {
+            // A zero byte behind a key makes the very next key.
             let after = Bytes::from([user_key, &[0][..]].concat());
             data_range(
                 slot,

@@ -29,6 +29,7 @@ pub fn assign(items: &[BinTaker], bins: usize) -> Vec<Vec<usize>> {
     assignment.level();
     while let Some(cycle) = assignment.gaining_cycle() {
         for (from, to, step) in cycle {
+            // A weighing step moves nothing: it only closes a cycle that changes the loads.
             if let FlowStep::Hand(item) = step {
                 assignment.hand_on(item, from, to);
             }
