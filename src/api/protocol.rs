@@ -16,7 +16,7 @@ use super::peer::FailedReplica;
 use super::values::{Consistency, GetOutcome, Item, ScanRange};
 use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
 use crate::sm::cluster::view::{PlacementSpec, SlotTable};
-use crate::sm::kv::{KvCommand, OperationOutcome, Record, Write, WriteOutcome};
+use crate::sm::kv::{KvCommand, OperationOutcome, Record, Write, WriteOutcome, WriteRejection};
 use crate::sm::moves::{DestinationState, MoveOutcome};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch,
@@ -96,6 +96,19 @@ pub enum ShardReply {
     MoveState(DestinationState),
     /// The records of the first of the keys.
     GotMany(Vec<Option<Record>>),
+}
+
+impl ShardReply {
+    /// Returns true if only a leader answers so to a request that is not for a stale read. That a
+    /// slot is elsewhere, or frozen, is read from the map without asking a quorum.
+    pub fn shows_leadership(&self) -> bool {
+        use WriteRejection::{Frozen, WrongOwner};
+        !matches!(
+            self,
+            ShardReply::Failed(_)
+                | ShardReply::Written(WriteOutcome::Rejected(Frozen { .. } | WrongOwner { .. }))
+        )
+    }
 }
 
 impl ShardBody {

@@ -255,7 +255,10 @@ impl HttpAccess {
                         shard,
                         // A stale read is answered by any replica, so the answer does not tell who
                         // leads.
-                        Some(hint).filter(|_| options.consistency == Consistency::Linearizable),
+                        Some(hint).filter(|_| {
+                            options.consistency == Consistency::Linearizable
+                                && reply.shows_leadership()
+                        }),
                     );
                     return reply;
                 }

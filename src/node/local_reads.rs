@@ -89,7 +89,7 @@ pub async fn read_map(
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
 }
 
-fn waited_too_long(group: &Replica) -> Failure {
+pub fn waited_too_long(group: &Replica) -> Failure {
     unavailable(format!("the map of {} waits for the disk", group.key()))
 }
 
@@ -98,16 +98,19 @@ pub async fn charge_gets(
     group: &Replica,
     answers: &Arc<Budget>,
     write: &kv::Write,
+    deadline: Instant,
 ) -> Result<Share, Failure> {
     let weigh = |read: &MapRead<'_>, write: &kv::Write| kv::weigh_gets(read, write);
     let weighed = match group.state().reads_wait(ReadKind::Keys) {
         false => group.state().read_here(|read| weigh(read, write)),
         true => {
             let write = write.clone();
-            group
+            let read = group
                 .state()
-                .read_elsewhere(ReadKind::Keys, move |read| weigh(read, &write))
+                .read_elsewhere(ReadKind::Keys, move |read| weigh(read, &write));
+            tokio::time::timeout_at(deadline, read)
                 .await
+                .map_err(|_| waited_too_long(group))?
         }
     };
     let weight = weighed.map_err(|error| broken(group, &error))?;

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::context::{NodeContext, PeerPlace};
 use super::local_reads::{
     KEYS_MAX, ManyKeys, RETRY_AFTER_MS, answer_gets, broken, charge_gets, read_count, read_key,
-    read_keys, read_map, read_page, unavailable, written_reply,
+    read_keys, read_map, read_page, unavailable, waited_too_long, written_reply,
 };
 use super::locator::Locator;
 use super::move_destination;
@@ -235,13 +235,19 @@ impl LocalShards {
             };
         }
 
-        if let Some(rejection) = self.refused(group, &write).await {
-            return ShardReply::Written(kv::WriteOutcome::Rejected(rejection));
+        match timeout_at(deadline, self.refused(group, &write)).await {
+            Ok(None) => {}
+            Ok(Some(rejection)) => {
+                return ShardReply::Written(kv::WriteOutcome::Rejected(rejection));
+            }
+            Err(_) => return ShardReply::Failed(waited_too_long(group)),
         }
 
         // What was applied can't be taken back for lack of room, so answers are charged before.
         let charged = match write.has_gets() {
-            true => charge_gets(group, self.answers(), &write).await.map(Some),
+            true => charge_gets(group, self.answers(), &write, deadline)
+                .await
+                .map(Some),
             false => Ok(None),
         };
         let share = match charged {
@@ -266,6 +272,11 @@ impl LocalShards {
         let moves = |held: &SlotMove| held.from == shard || held.to == shard;
         let stays = view.groups.get(&shard).is_some_and(|group| !group.draining);
         if stays && !view.moves.values().any(moves) {
+            return None;
+        }
+
+        // The map of a replica that does not lead may be old, and proposing tells who leads.
+        if !group.leads() {
             return None;
         }
         let write = write.clone();
@@ -383,7 +394,7 @@ impl LocalShards {
                 // Any replica answers a stale read, and who answers through a relay is not known.
                 if options.consistency == Consistency::Linearizable
                     && peer.hop == Hop::Answer
-                    && !matches!(reply, ShardReply::Failed(_))
+                    && reply.shows_leadership()
                 {
                     self.context.note_leader(shard, peer.node);
                 }

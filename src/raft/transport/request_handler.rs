@@ -223,6 +223,9 @@ impl Replica {
             self.timer.on_leader_message(vote.term);
         }
 
+        if !follows(previous, &entries) {
+            return Err(PeerRefusal::Unreadable);
+        }
         let entries = entries
             .into_iter()
             .map(entry_to_raft)
@@ -409,5 +412,56 @@ impl Drop for FrameSlot {
     fn drop(&mut self) {
         let before = self.0.fetch_sub(1, Ordering::Relaxed);
         assert!(before > 0, "a frame ends that never began");
+    }
+}
+
+/// Returns true if the entries of an append go on after `previous` without a gap, and no term
+/// falls. openraft looks at this in debug builds only, and the log would take it for an error of
+/// its own.
+fn follows(previous: Option<LogId>, entries: &[LogEntry]) -> bool {
+    let mut last = previous;
+    entries.iter().map(|entry| entry.id).all(|id| {
+        let fits = match last {
+            Some(last) => id.index == last.index + 1 && id.term >= last.term,
+            None => id.index == 0,
+        };
+        last = Some(id);
+        fits
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::log::LogPayload;
+
+    fn entries(ids: &[(u64, u64)]) -> Vec<LogEntry> {
+        let ids = ids.iter().map(|(term, index)| LogId {
+            term: *term,
+            index: *index,
+        });
+        let entry = |id| LogEntry {
+            id,
+            payload: LogPayload::Blank,
+        };
+        ids.map(entry).collect()
+    }
+
+    #[test]
+    fn an_append_with_a_gap_or_a_term_that_falls_is_not_taken() {
+        let previous = Some(LogId { term: 2, index: 7 });
+        for (ids, fits) in [
+            (&[][..], true),
+            (&[(2, 8), (2, 9), (3, 10)], true),
+            (&[(2, 9)], false),
+            (&[(2, 7)], false),
+            (&[(1, 8)], false),
+            (&[(2, 8), (2, 10)], false),
+            (&[(3, 8), (2, 9)], false),
+        ] {
+            assert_eq!(follows(previous, &entries(ids)), fits, "{ids:?}");
+        }
+        assert!(follows(None, &entries(&[(0, 0), (1, 1)])));
+        assert!(!follows(None, &entries(&[(1, 1)])));
     }
 }
