@@ -1,7 +1,7 @@
 //! Work that blocks its thread: [`start`] has it done where it holds up no task.
 //!
 //! A simulation runs a node in one thread, where work elsewhere would end at another moment in each
-//! run. There such work is done at once by a task of the thread ([`testing::do_inline`]), and what
+//! run. There such work is done at once by a task of the thread (`testing::do_inline`), and what
 //! is a thread for as long as the node runs is a task too.
 
 use tokio::task::JoinHandle;
