@@ -166,7 +166,9 @@ impl Episode {
         }
         cluster.wait_ready().await;
         let view = cluster.addresses().join(",");
-        let spare = cluster.prepare_node_at(&network.address(shape.nodes), &["--view", &view]);
+        // As the members are started: nodes whose leases differ refuse each other.
+        let arguments = [&["--view", &view], shape.lease_arguments()].concat();
+        let spare = cluster.prepare_node_at(&network.address(shape.nodes), &arguments);
         cluster.nodes[spare].wrapper = network.wrapper(spare);
         cluster.nodes[spare].start();
         cluster.wait_up(spare).await;
@@ -335,14 +337,22 @@ impl Episode {
     }
 }
 
+impl Shape {
+    /// Returns the flags that all nodes of a cluster must share.
+    fn lease_arguments(&self) -> &'static [&'static str] {
+        match self.lease_reads {
+            true => &["--lease-reads", "100"],
+            false => &[],
+        }
+    }
+}
+
 fn setup(shape: Shape, network: &Network, disks: &[Option<Mount>]) -> Setup {
     let data =
         |(node, disk): (usize, &Option<Mount>)| Some((node, disk.as_ref()?.path.join("data")));
     let (replicas, shards) = (shape.replicas.to_string(), shape.shards.to_string());
     let mut arguments = vec!["--repl-factor", &replicas, "--shards", &shards];
-    if shape.lease_reads {
-        arguments.extend(["--lease-reads", "100"]);
-    }
+    arguments.extend(shape.lease_arguments());
     Setup {
         addresses: (0..shape.nodes).map(|node| network.address(node)).collect(),
         data: disks.iter().enumerate().filter_map(data).collect(),
