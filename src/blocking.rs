@@ -26,7 +26,7 @@ pub fn is_inline() -> bool {
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing {
-    //! What only a simulation does.
+    //! For simulations only.
 
     use std::cell::Cell;
 

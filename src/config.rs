@@ -1,4 +1,4 @@
-//! What a node is told when it starts: by flags, which beat the environment.
+//! The settings that a node starts with: by flags, which beat the environment.
 //!
 //! A plain value, checked once ([`NodeConfig::check`]); reading flags is in `cli::serve`.
 
@@ -82,7 +82,7 @@ pub enum ConfigError {
 impl NodeConfig {
     /// # Errors
     ///
-    /// What of it can't work, whatever the state of the disk and of other nodes.
+    /// Names what can't work, whatever the state of the disk and of other nodes.
     pub fn check(&self) -> Result<(), ConfigError> {
         for address in std::iter::once(&self.address)
             .chain(&self.public_address)

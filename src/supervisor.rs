@@ -135,7 +135,7 @@ impl Supervisor {
     ///
     /// # Errors
     ///
-    /// When the system has none.
+    /// Fails if the system has none.
     pub fn start_thread(
         &self,
         part: &'static str,

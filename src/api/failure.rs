@@ -1,4 +1,4 @@
-//! [`Failure`]: why there is no answer, and whether a write may have happened.
+//! [`Failure`] says why there is no answer, and whether a write may have happened.
 
 use serde::{Deserialize, Serialize};
 

@@ -39,7 +39,7 @@ impl ViewChange {
     ///
     /// # Errors
     ///
-    /// What is too much about it, for people.
+    /// Names the part of it that is too much, for people.
     pub fn ensure_bounded(&self) -> Result<(), String> {
         match self.nodes.as_ref().map_or(0, Vec::len) {
             0..=NODES_MAX => Ok(()),

@@ -16,7 +16,7 @@ pub struct CompletionsArguments {
 ///
 /// # Errors
 ///
-/// When standard output can't be written.
+/// Fails if standard output can't be written.
 pub fn run(arguments: &CompletionsArguments) -> Result<Exit, CliError> {
     io::stdout()
         .write_all(&script(arguments.shell))

@@ -91,7 +91,7 @@ impl GatewayArguments {
     ///
     /// # Errors
     ///
-    /// When one of them is this gateway: it would ask itself.
+    /// Fails if one of them is this gateway: it would ask itself.
     fn members(&self, local: Vec<Address>, listen: &[String]) -> Result<Vec<Address>, ServeError> {
         let ports = MEMBER_PORTS_DEFAULT.iter();
         let members = match (self.members.is_empty(), local.is_empty()) {
@@ -115,7 +115,7 @@ impl GatewayArguments {
 ///
 /// # Errors
 ///
-/// Why it could not start.
+/// Says why it could not start.
 pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
     telemetry::start(arguments.log.as_deref(), arguments.log_format);
     let listen = arguments.listening_on();

@@ -50,7 +50,7 @@ impl HealthArguments {
 ///
 /// # Errors
 ///
-/// When the address can't be made out.
+/// Fails if the address can't be made out.
 pub async fn run(arguments: HealthArguments) -> Result<Exit, CliError> {
     let path = if arguments.ready {
         "/readyz"

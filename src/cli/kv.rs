@@ -121,7 +121,7 @@ fn entity_tag(text: String) -> String {
 ///
 /// # Errors
 ///
-/// When a condition fails, nobody answers, or standard output is closed.
+/// Fails if a condition does not hold, nobody answers, or standard output is closed.
 pub async fn run(arguments: KvArguments) -> Result<Exit, CliError> {
     let mut client = arguments.servers.client();
     match arguments.command {

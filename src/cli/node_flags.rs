@@ -1,4 +1,4 @@
-//! What `quorate serve` is told, and the [`NodeConfig`] that it makes of it.
+//! The flags of `quorate serve`, and the [`NodeConfig`] that it makes of them.
 //!
 //! Flags beat the environment; a variable that is set and empty, as compose files pass them on,
 //! counts as not set. The node is called by its address, and listens on it unless it is told
@@ -163,7 +163,7 @@ impl ServeArguments {
     ///
     /// # Errors
     ///
-    /// When the parts of an address given apart do not make one.
+    /// Fails if the parts of an address given apart do not make one.
     pub fn config(&self) -> Result<NodeConfig, ParseError> {
         let view = given(self.view.as_ref()).map(|view| view.0.clone());
         let address = match given(self.address.as_ref()) {

@@ -70,7 +70,7 @@ pub enum ServeError {
 ///
 /// # Errors
 ///
-/// Why it could not start, or had to stop.
+/// Says why it could not start, or had to stop.
 pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
     telemetry::start(arguments.log.as_deref(), arguments.log_format);
     let started = Instant::now();

@@ -1,4 +1,4 @@
-//! Which servers a command talks to.
+//! The servers that a command talks to.
 
 use std::path::Path;
 use std::time::Duration;

@@ -88,7 +88,7 @@ impl GatewayReadiness {
 
     /// # Errors
     ///
-    /// Why not every request can be expected to be answered.
+    /// Says why not every request can be expected to be answered.
     pub fn ready(&self) -> Result<(), Trouble> {
         match self.last() {
             None => Err(Trouble {
@@ -243,7 +243,7 @@ mod tests {
     async fn a_cluster_is_ready_when_every_leader_can_be_reached() {
         let (address, listener) = bind().await;
         let nodes = [address.clone(), nobody().await];
-        // Who leads, by the map's version: nobody, the dead node, the live one.
+        // The leader, by the map's version: nobody, the dead node, the live one.
         let leader = Arc::new(AtomicU64::new(0));
         let told = Arc::clone(&leader);
         serve(listener, move |request| {

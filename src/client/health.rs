@@ -16,7 +16,7 @@ use crate::types::Address;
 ///
 /// # Errors
 ///
-/// What it is not well with, for people.
+/// Says what it is not well with, for people.
 pub async fn ask(address: &Address, path: &str, within: Duration) -> Result<(), String> {
     let request = Request::get(path)
         .header(HOST, address.as_str())

@@ -146,7 +146,7 @@ impl NativeClient {
     ///
     /// # Errors
     ///
-    /// When nobody could tell in time.
+    /// Fails if nobody could tell in time.
     pub async fn get(&mut self, key: &[u8], stale: bool) -> Result<Option<Value>, NativeError> {
         let consistency = if stale { "&consistency=stale" } else { "" };
         let path = self.key_path(key, consistency, Effect::Safe);
@@ -175,7 +175,7 @@ impl NativeClient {
 
     /// # Errors
     ///
-    /// When a condition does not hold, or the write failed; [`Failure::Unknown`] leaves open
+    /// Fails if a condition does not hold, or the write failed; [`Failure::Unknown`] leaves open
     /// whether it happened.
     pub async fn put(
         &mut self,
@@ -217,7 +217,7 @@ impl NativeClient {
 
     /// # Errors
     ///
-    /// When nobody could tell in time.
+    /// Fails if nobody could tell in time.
     pub async fn list(&mut self, query: &ListQuery) -> Result<ListPage, NativeError> {
         let prefix = percent_encode(&query.prefix, QUERY_ESCAPES);
         let mut path = format!(
@@ -247,7 +247,7 @@ impl NativeClient {
     ///
     /// # Errors
     ///
-    /// When no server answers in time.
+    /// Fails if no server answers in time.
     pub async fn cluster(&mut self) -> Result<ClusterStatus, NativeError> {
         let is_awaited = |response: &Response<Bytes>| {
             is_ours(response)
@@ -265,7 +265,7 @@ impl NativeClient {
     ///
     /// # Errors
     ///
-    /// When there is no such shard or replica, or it did not happen in time.
+    /// Fails if there is no such shard or replica, or it did not happen in time.
     pub async fn transfer_leader(
         &mut self,
         shard: u64,
@@ -293,9 +293,9 @@ impl NativeClient {
     ///
     /// # Errors
     ///
-    /// When it doesn't answer in time, or is none that has a scrub.
+    /// Fails if it doesn't answer in time, or is none that has a scrub.
     pub async fn scrub(&mut self, begin: bool) -> Result<ScrubStatus, NativeError> {
-        // Where one runs, no other begins.
+        // While one runs, no other begins.
         let effect = Effect::Idempotent;
         let path = format!("/v1/node/scrub?{}", self.wait(effect));
         let exchange = if begin {

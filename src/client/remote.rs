@@ -55,7 +55,7 @@ impl RemoteStore {
     ///
     /// # Errors
     ///
-    /// When the HTTP client can't be set up.
+    /// Fails if the HTTP client can't be set up.
     pub fn connect(seeds: Vec<Address>) -> Result<Self, SetUpError> {
         let access = HttpAccess::new(seeds, ShardCaller::new()?);
         Ok(Router::new(access, rand::random()))
@@ -159,7 +159,7 @@ impl HttpAccess {
                     .filter(|(_, place)| self.book.address(place) == address);
                 let (node, _) = named.next()?;
 
-                // Where several nodes share a public address, it does not tell which of them leads.
+                // If several nodes share a public address, it does not tell which of them leads.
                 if named.next().is_none() {
                     Some(node)
                 } else {
@@ -266,7 +266,7 @@ impl HttpAccess {
                     self.remember(shard, Some(LeaderHint::Silent(address)));
                     match effect {
                         Effect::Safe => effect.report(error.into()),
-                        // Whether it may be done again is for the router to know.
+                        // The router knows whether it may be done again.
                         Effect::Once | Effect::Idempotent => {
                             return ShardReply::Failed(error.into());
                         }
@@ -331,7 +331,7 @@ impl HttpAccess {
     ///
     /// # Errors
     ///
-    /// When it is that of another cluster. It may be empty, or hold other values under the same
+    /// Fails if it is that of another cluster. It may be empty, or hold other values under the same
     /// keys: it is never changed over to.
     fn learn(&self, status: ClusterStatus, teller: &Address) -> Result<ClusterStatus, Failure> {
         let mut known = self.map.write();

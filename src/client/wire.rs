@@ -49,7 +49,7 @@ pub struct Connection {
 impl Connection {
     /// # Errors
     ///
-    /// When nobody listens there, or no connection is made in time.
+    /// Fails if nobody listens there, or no connection is made in time.
     pub async fn open(address: &Address, within: Duration) -> io::Result<Self> {
         let opening = async {
             let stream = TcpStream::connect(address.as_str()).await?;
@@ -64,7 +64,7 @@ impl Connection {
         let (sender, connection) = timeout(within, opening)
             .await
             .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-        // How it ends shows in the request that is in flight then.
+        // Its end shows in the request that is in flight then.
         let driver = tokio::spawn(async move { drop(connection.await) });
         Ok(Self { sender, driver })
     }

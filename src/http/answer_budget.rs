@@ -61,7 +61,7 @@ pub fn charge(response: Response, answers: &Arc<Budget>) -> Result<Response, Box
 ///
 /// # Errors
 ///
-/// Where there is no room for it.
+/// Fails if there is no room for it.
 pub fn charge_chunk(piece: Bytes, answers: &Arc<Budget>) -> Result<Bytes, Failure> {
     if piece.len() <= UNCHARGED_BYTES_MAX {
         return Ok(piece);

@@ -1,4 +1,4 @@
-//! [`App`]: what every route works on.
+//! [`App`], the state that all routes work on.
 
 use std::sync::Arc;
 

@@ -99,7 +99,8 @@ pub async fn read(
     match collect(&mut body, limit, limits, &mut share).await {
         Ok(bytes) => Ok(BodyBytes { bytes, share }),
         Err(problem) => {
-            // What was read is gone already: its room must not wait for the rest to be thrown away.
+            // The bytes that were read are gone already: their room must not wait until the rest
+            // is thrown away.
             drop(share);
             discard(parts, body);
             Err(problem)
@@ -146,7 +147,7 @@ async fn collect(
         }
 
         if bytes > buffer.capacity() {
-            // Where the length is known, the buffer grows no further than that and the limit.
+            // If the length is known, the buffer grows no further than that and the limit.
             let left =
                 usize::try_from(body.size_hint().upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
             let capacity = buffer_capacity(bytes, buffer.len(), left.min(limit.bytes_max - bytes));

@@ -66,7 +66,7 @@ impl ChangeWaiters {
     ///
     /// # Errors
     ///
-    /// When all places are taken.
+    /// Fails if all places are taken.
     pub fn acquire(&self) -> Result<WaiterPermit<'_>, Failure> {
         match self.places.try_acquire() {
             Ok(permit) => Ok(WaiterPermit {

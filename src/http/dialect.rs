@@ -1,4 +1,4 @@
-//! [`Dialect`]: whose contract a request follows.
+//! [`Dialect`], the contract that a request follows.
 
 /// The contract that a request follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,5 @@
-//! What the process takes of the machine, under the names that every Prometheus client library
-//! uses, and what it is.
+//! Tells what the process takes of the machine, under the names that every Prometheus client
+//! library uses, and what it is.
 //!
 //! Of Linux's `/proc`; what that does not tell is left out.
 
@@ -71,7 +71,7 @@ pub fn collect(text: &mut Exposition) {
         1,
     );
 
-    // What the machine does not tell is left out: a 0 would look like a measurement.
+    // A value that the machine does not tell is left out: a 0 would look like a measurement.
     let mut gauge = |name: &str, help: &str, value: Option<f64>| {
         let Some(value) = value else { return };
         text.family(name, MetricKind::Gauge, help);

@@ -1,4 +1,4 @@
-//! [`Readiness`]: whether the process should be given requests.
+//! [`Readiness`] tells whether the process should be given requests.
 
 use std::fmt;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Limits;
 use super::testing::{Site, Wire};
 
-/// What was answered to `sent` by the time at which the connection ended.
+/// Returns what was answered to `sent` by the time at which the connection ended.
 async fn answers(site: &Site, sent: &str) -> (Vec<u16>, String) {
     let mut wire = site.connect().await;
     wire.send(sent.as_bytes()).await;
@@ -24,7 +24,7 @@ async fn answers(site: &Site, sent: &str) -> (Vec<u16>, String) {
 async fn a_head_that_leaves_open_whom_it_is_for_or_where_it_ends_is_refused() {
     let site = Site::start().await;
     for (head, expected) in [
-        // Whom it is for.
+        // The host that it is for.
         ("GET /healthz HTTP/1.1\r\nhost: a\r\n", 200),
         ("GET /healthz HTTP/1.1\r\nHOST: a:80\r\n", 200),
         ("GET /healthz HTTP/1.1\r\nhost: [::1]:80\r\n", 200),
@@ -37,7 +37,7 @@ async fn a_head_that_leaves_open_whom_it_is_for_or_where_it_ends_is_refused() {
         ("GET /healthz HTTP/1.1\r\nhost: u@a\r\n", 400),
         ("GET http://b/healthz HTTP/1.1\r\nhost: a\r\n", 200),
         ("GET http://b/healthz HTTP/1.1\r\n", 400),
-        // What a head is.
+        // The form of a head.
         ("\r\nGET /healthz HTTP/1.1\r\nhost: a\r\n", 200),
         ("GET /healthz HTTP/1.1\nhost: a\n", 200),
         ("GET  /healthz HTTP/1.1\r\nhost: a\r\n", 400),
@@ -53,7 +53,7 @@ async fn a_head_that_leaves_open_whom_it_is_for_or_where_it_ends_is_refused() {
         ("GET /healthz HTTP/1.1\r\nhost: a\r\n: c\r\n", 400),
         ("GET /healthz HTTP/1.1\r\nhost: a\r\nb: c\rd\r\n", 400),
         ("GET /healthz HTTP/1.1\r\nhost: a\r\nb: c\0d\r\n", 400),
-        // How long it is.
+        // The length of its body.
         (
             "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\ncontent-length: 0\r\n",
             201,

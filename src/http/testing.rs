@@ -1,5 +1,5 @@
-//! What the tests of the serving side stand on: a store in memory, a server over it on a port of
-//! its own, and a client that sends raw bytes.
+//! Helps to test the serving side: a store in memory, a server over it on a port of its own,
+//! and a client that sends raw bytes.
 
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
@@ -90,7 +90,7 @@ struct State {
     here: Option<NodeId>,
     cluster: Option<Arc<FakeStore>>,
     is_superseded: bool,
-    /// How often somebody asked how a change gets on.
+    /// Counts how often somebody asked how a change gets on.
     looks: usize,
     /// Of the plan that [`Store::status`] tells; none: the first.
     epoch: Option<PlanEpoch>,
@@ -167,7 +167,7 @@ impl FakeStore {
         self.state.lock().asked.clone()
     }
 
-    /// How many requests came.
+    /// Returns how many requests came.
     pub fn requests(&self) -> usize {
         self.state.lock().asked.len()
     }
@@ -204,7 +204,7 @@ impl FakeStore {
         self.state.lock().epoch = Some(PlanEpoch(epoch));
     }
 
-    /// What was asked of the view.
+    /// Sets what was asked of the view.
     pub fn set_asked(&self, asked: PlacementSpec) {
         self.state.lock().asked_of_view = asked;
     }
@@ -703,8 +703,7 @@ impl Store for FakeStore {
     }
 }
 
-/// Whether what takes so long is done before a caller has waited enough. Returns when it is, or he
-/// has.
+/// Waits as long as it takes, or as the caller does at most. Returns true if it is done by then.
 async fn in_time(takes: Duration, options: Options) -> bool {
     if !takes.is_zero() {
         tokio::time::sleep(takes.min(options.timeout)).await;
@@ -985,7 +984,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// What can't be sent because the other side has closed is not sent: the answer is what counts.
+    /// Sends what it can. The other side may have closed: only its answer counts.
     pub async fn send(&mut self, bytes: &[u8]) {
         let _ = self.stream.write_all(bytes).await;
     }

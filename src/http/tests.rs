@@ -82,7 +82,7 @@ async fn a_body_too_large_is_refused_before_it_is_read() {
         (refused.verdict(), refused.json()["limit_bytes"].as_u64()),
         ((413, "too_large".into()), Some(1000))
     );
-    // What comes now is thrown away, and the connection goes on.
+    // The body that comes now is thrown away, and the connection goes on.
     wire.send(&[b'x'; 1001]).await;
     wire.send(&request("PUT /v1/kv/a", &[b'x'; 1000])).await;
     assert_eq!(wire.reply().await.status, 201);
@@ -158,7 +158,7 @@ async fn a_client_is_sent_elsewhere_before_its_body() {
     }
     assert_eq!(site.store.requests(), 0);
 
-    // What is sent to the end all the same is read over.
+    // A body that is sent to the end all the same is read over.
     let mut wire = site.connect().await;
     wire.send(&request("PUT /v1/kv/a", &[b'x'; 1 << 20])).await;
     assert_eq!(wire.reply().await.status, 307);

@@ -102,7 +102,7 @@ impl From<CallError> for Failure {
 impl ShardCaller {
     /// # Errors
     ///
-    /// When the HTTP client can't be set up.
+    /// Fails if the HTTP client can't be set up.
     pub fn new() -> Result<Self, SetUpError> {
         Self::with_room(Shares::now().calls)
     }
@@ -431,7 +431,7 @@ impl Drop for QueuedCall<'_> {
         let mut state = self.room.lock();
         if let Some(room) = state.addresses.get_mut(self.address) {
             room.waiting -= 1;
-            // What it was told last may have been for the next one.
+            // The last notice to it may have been for the next one.
             room.freed.notify_one();
         }
         state.forget_unused(self.address);

@@ -100,7 +100,7 @@ struct KnownIdentity {
 impl PeerCaller {
     /// # Errors
     ///
-    /// When the HTTP client can't be set up.
+    /// Fails if the HTTP client can't be set up.
     pub fn new() -> Result<Self, SetUpError> {
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)

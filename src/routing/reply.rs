@@ -55,7 +55,7 @@ pub struct Reply {
 ///
 /// # Errors
 ///
-/// When it is longer, breaks off, or there is no room for it.
+/// Fails if it is longer, breaks off, or there is no room for it.
 pub async fn read(response: NodeReply, bytes_max: usize) -> Result<Reply, ReplyError> {
     read_charged(response, bytes_max, budget()).await
 }

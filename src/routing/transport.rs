@@ -1,7 +1,7 @@
 //! [`Transport`], the one way of all calls to a node: a request goes to an address, a reply comes
 //! back.
 //!
-//! What is asked, and what an answer means, is the business of the callers: `call` of shards,
+//! The questions, and the meaning of answers, are the business of the callers: `call` of shards,
 //! `peer_caller` of nodes, `discovery` and `view_change_calls` of clusters. [`HttpTransport`] is
 //! the way over the network; a simulation puts one in its place that has delays and partitions, and
 //! no sockets. Lanes, which stream, have a seam of their own (`raft::transport::Dial`).
@@ -208,7 +208,7 @@ impl NodeReply {
     ///
     /// # Errors
     ///
-    /// When the connection breaks, or time is up.
+    /// Fails if the connection breaks, or time is up.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, SendError> {
         match &mut self.0 {
             ReplySource::Http(response) => Ok(response.chunk().await?),
@@ -239,7 +239,7 @@ pub struct HttpTransport(reqwest::Client);
 impl HttpTransport {
     /// # Errors
     ///
-    /// When the HTTP client can't be set up.
+    /// Fails if the HTTP client can't be set up.
     pub fn build(builder: reqwest::ClientBuilder) -> Result<Arc<dyn Transport>, SetUpError> {
         // Nagle's algorithm would hold small requests back. A proxy named in the environment is for
         // the web, not for calls between nodes.

@@ -38,7 +38,7 @@ use super::{CliError, Exit};
 ///
 /// # Errors
 ///
-/// When the arguments do not fit together, no server answers at the start, or the output is closed.
+/// Fails if the arguments do not fit together, no server answers at first, or the output is closed.
 pub fn run(arguments: BenchArguments) -> Result<Exit, CliError> {
     let json = arguments.json;
     let threads = arguments.threads;

@@ -166,7 +166,7 @@ impl BenchPlan {
     ///
     /// # Errors
     ///
-    /// When the arguments do not fit together.
+    /// Fails if the arguments do not fit together.
     pub fn check(arguments: BenchArguments) -> Result<Self, CliError> {
         let usage = |text: &str| Err(CliError::Usage(text.to_owned()));
         if arguments

@@ -1,4 +1,4 @@
-//! What came out, for people and as JSON.
+//! The result, for people and as JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;

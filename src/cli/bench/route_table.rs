@@ -1,4 +1,4 @@
-//! Where each key's requests go, as the newest shard map has it.
+//! Finds the node for each key's requests in the newest shard map.
 
 use parking_lot::RwLock;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! When requests are due.
+//! Decides when requests are due.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

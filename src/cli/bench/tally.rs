@@ -1,4 +1,4 @@
-//! What one worker counts, merged at the end.
+//! The counts of one worker, merged at the end.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;

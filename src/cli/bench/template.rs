@@ -46,7 +46,7 @@ impl Template {
     ///
     /// # Errors
     ///
-    /// What is wrong with the URL or the content type.
+    /// Says what is wrong with the URL or the content type.
     pub fn new(
         url: &str,
         method: Option<Method>,
@@ -89,7 +89,7 @@ impl Template {
     ///
     /// # Errors
     ///
-    /// When what is filled in makes no URI.
+    /// Fails if the filled-in URL is no URI.
     pub fn request(
         &self,
         worker: usize,

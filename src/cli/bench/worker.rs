@@ -49,7 +49,7 @@ impl BenchContext {
     ///
     /// # Errors
     ///
-    /// When no server tells the shard map.
+    /// Fails if no server tells the shard map.
     pub async fn prepare(plan: BenchPlan) -> Result<Self, CliError> {
         let route_table = match plan.target {
             LoadTarget::Template(_) => None,
@@ -266,8 +266,8 @@ impl Worker {
         };
         let mut hops = 0;
         loop {
-            // What was not sent, or was sent elsewhere, is certainly not done: a client goes on,
-            // and what it waits for shows as latency.
+            // A request not sent, or redirected, is certainly not done: a client goes on, and its
+            // wait shows as latency.
             let error = match self
                 .exchange(&address, deadline, |host| {
                     native_request(&uri, kind, &value, host)

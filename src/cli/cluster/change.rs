@@ -208,7 +208,7 @@ impl MemberList {
 ///
 /// # Errors
 ///
-/// When the change is refused, or nobody answers.
+/// Fails if the change is refused, or nobody answers.
 pub async fn plan(
     cluster: &mut ClusterClient,
     command: &ChangeCommand<PlanOptions>,
@@ -225,7 +225,7 @@ pub async fn plan(
 ///
 /// # Errors
 ///
-/// When it is refused or not confirmed, a later plan takes over, or nobody answers.
+/// Fails if it is refused or not confirmed, a later plan takes over, or nobody answers.
 pub async fn execute(
     cluster: &mut ClusterClient,
     command: &ChangeCommand<ExecuteOptions>,
@@ -240,7 +240,7 @@ pub async fn execute(
     }
     let (change, planned) = draft(cluster, command).await?;
     print_error_line(describe(&planned).trim_end());
-    // What changes nothing but the asking needs no second thought.
+    // If at most the placement asked for changes, no second thought is needed.
     if !options.yes && !planned.is_same && !confirmed()? {
         return Err(CliError::Refused(
             "not confirmed: nothing was changed".into(),

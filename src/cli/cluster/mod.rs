@@ -104,7 +104,7 @@ enum ClusterCommand {
 ///
 /// # Errors
 ///
-/// When nobody answers, a change is refused, or standard output is closed.
+/// Fails if nobody answers, a change is refused, or standard output is closed.
 pub async fn run(arguments: ClusterArguments) -> Result<Exit, CliError> {
     let mut cluster = ClusterClient::new(&arguments.servers)?;
     match arguments.command {

@@ -1,4 +1,4 @@
-//! What the commands print, and their exit codes in words.
+//! Prints for the commands, and puts their exit codes in words.
 
 use std::io::{self, Write};
 

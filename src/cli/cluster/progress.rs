@@ -50,7 +50,7 @@ impl<'a> ChangeFollower<'a> {
     ///
     /// # Errors
     ///
-    /// When a later plan has taken over, or nobody answers any more.
+    /// Fails if a later plan has taken over, or nobody answers any more.
     pub async fn follow(mut self, change: ChangeInProgress) -> Result<Exit, CliError> {
         let id = change.id;
 
@@ -147,7 +147,7 @@ impl ProgressBar {
     fn line(&mut self, change: &ChangeInProgress) -> String {
         let left = change.replicas_left + change.slots_left;
 
-        // What is left can grow, when a move begins anew: then the bar is measured anew too.
+        // The rest can grow, when a move begins anew: then the bar is measured anew too.
         self.most = self.most.max(left);
         let done = self.most - left;
         let mut line = format!(

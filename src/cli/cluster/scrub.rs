@@ -96,7 +96,7 @@ impl Scrubbed {
 
 /// # Errors
 ///
-/// When the nodes are not known, one did not answer, or standard output is closed.
+/// Fails if the nodes are not known, one did not answer, or standard output is closed.
 pub async fn run(
     cluster: &mut ClusterClient,
     node: Option<Address>,
@@ -154,7 +154,7 @@ async fn follow(nodes: &mut [Scrubbed]) {
 fn progress<'a>(scrubs: impl Iterator<Item = &'a ScrubStatus>) -> String {
     let (mut read, mut total, mut rate, mut running, mut damaged) = (0, 0, 0, 0, 0);
     for scrub in scrubs {
-        // What there is to be read was counted at the beginning, and is written to meanwhile.
+        // The bytes to read were counted at the beginning, and are written to meanwhile.
         let its_total = match scrub.is_running {
             true => scrub.bytes_total.max(scrub.bytes_read),
             false => scrub.bytes_read,

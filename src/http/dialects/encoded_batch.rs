@@ -9,7 +9,7 @@
 //! - `GET /fetch`: 200, every pair in the store.
 //! - `POST /query` `[K, ...]`: 200 `[{"key":K,"value":true}, ...]`.
 //!
-//! What holds:
+//! Rules:
 //! - `string` data is the key or value of the other dialects, `binary` data is in [`bit_strings`].
 //!   What others stored is shown as `string` where it is UTF-8, and else as `binary`, 8 characters
 //!   to the byte; a key of theirs that is shown so is not the `binary` key of that name.

@@ -1,4 +1,4 @@
-//! [`DialectError`]: what the fixed dialects answer where a request is not done.
+//! [`DialectError`], the answer of the fixed dialects if a request is not done.
 
 use axum::response::Response;
 use http::request::Parts;

@@ -589,7 +589,7 @@ mod tests {
         site.store.set_nodes(&["a:1", "b:2"]);
         site.ask("POST /set/key1", "1").await;
         site.store.serve_stale();
-        // What a request asks the store, in turn.
+        // Lists what a request asks the store, in turn.
         let asked = async |head: &str, body: &str| {
             let before = site.store.requests();
             let reply = site.ask(head, body).await;

@@ -5,7 +5,7 @@
 //! - `POST /get` `[{"key":"hi"}, ...]`: 200 `{"existedKey":[{"key":"hi","value":"hello"}],` and
 //!   then `"notExistedKey":[{"key":"hi6","value":""}]}`.
 //!
-//! What holds:
+//! Rules:
 //! - Of several pairs with one key the last wins. A value that is missing or no string is stored as
 //!   `""`.
 //! - `notExistedKey` is left out when it is empty, `existedKey` is null when no key exists. A key

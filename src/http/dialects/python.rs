@@ -1,4 +1,4 @@
-//! How Python prints a JSON value: what `print(json.loads(text))` writes.
+//! Prints a JSON value as Python's `print(json.loads(text))` does.
 //!
 //! Nothing here recurses, and each step takes time in proportion to the text: a value may be nested
 //! as deeply as its length allows, and may name a member as often as it likes.

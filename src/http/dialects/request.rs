@@ -1,4 +1,4 @@
-//! How the requests of the fixed dialects are read and done.
+//! Reads the requests of the fixed dialects and does them.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! How the fixed dialects answer: a status, a type and a body.
+//! Makes the answers of the fixed dialects: a status, a type and a body.
 
 use axum::body::Body;
 use axum::response::Response;

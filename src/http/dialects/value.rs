@@ -1,4 +1,4 @@
-//! What the dialects make of stored values, and the strings of their JSON.
+//! Shows stored values as the dialects do, and reads the strings of their JSON.
 
 use std::borrow::Cow;
 

@@ -230,7 +230,7 @@ async fn run(
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let idempotency_key = idempotency_key(&parts.headers)?;
 
-    // What parsing makes of a body is larger than the body, so it is paid for beforehand.
+    // A parsed body is larger than the body, so it is paid for beforehand.
     let mut made = body.new_share();
     if !made.grow(body.len() + (body.len() * MADE_PER_BYTE).min(MADE_MAX)) {
         return Err(body::overloaded(&app.limits));

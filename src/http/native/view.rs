@@ -63,8 +63,8 @@ async fn requested_view(app: &App, uri: &Uri) -> Result<Response, Problem> {
     };
     let replication_factor = status.asked.replication_factor;
 
-    // What was asked, not what came of it: sent back as a change, it must not fix what was left
-    // open.
+    // As it was asked for, not as it came out: sent back as a change, it must not fix what was
+    // left open.
     let requested_view = ViewChange {
         nodes: Some(
             status

@@ -1,4 +1,4 @@
-//! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`,
+//! The routes between nodes: `POST /peer/lane/{lane}`, `POST /peer/shard`,
 //! `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`,
 //! `POST /peer/announce`, `POST /peer/invite`, `POST /peer/greet`, `POST /peer/hold`,
 //! `POST /peer/failures`, `POST /peer/disk`. The messages are those of `api::peer` and

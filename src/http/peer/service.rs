@@ -1,4 +1,4 @@
-//! [`PeerService`]: what other nodes ask of this one.
+//! [`PeerService`] answers what other nodes ask of this one.
 
 use std::io;
 

@@ -204,7 +204,7 @@ impl AdmissionPermit {
     pub fn decide(&self, method: &Method, path: &str) -> AdmissionDecision {
         let is_peer_request = self.admission.peers_max > 0 && is_peer_route(method, path);
         match self.class() {
-            // Where peers have no place left it stays a client's, and is served as that.
+            // If peers have no place left it stays a client's, and is served as that.
             AdmissionClass::Client if is_peer_request => {
                 self.become_peer(AdmissionClass::Peer, path);
                 AdmissionDecision::Serve

@@ -1,4 +1,4 @@
-//! [`ClientInfo`]: what a request knows of the connection that it came by.
+//! [`ClientInfo`] goes with a request and describes its connection.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

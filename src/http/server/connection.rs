@@ -415,7 +415,7 @@ impl ConnectionState {
             (Ok(()), AdmissionDecision::Refuse) => over_limit_problem().into_response(),
         };
 
-        // What comes from here on is the next request's head, and is charged as one.
+        // The next bytes are the next request's head, and are charged as one.
         drop(in_flight);
 
         // Only this tells a client of HTTP/1 not to send its next request here.

@@ -1,5 +1,5 @@
-//! What a request's head must have besides what hyper asks for, so that nobody on the way takes the
-//! request for another one (RFC 9112, sections 3.2 and 6.1).
+//! Checks more of a request's head than hyper does, so that nobody on the way takes the request for
+//! another one (RFC 9112, sections 3.2 and 6.1).
 //!
 //! hyper itself refuses what is no HTTP, and gives a request with both `Transfer-Encoding` and
 //! `Content-Length` the former, and no request after it on its connection. The table in
@@ -13,7 +13,7 @@ use crate::http::problem::{Code, Problem};
 ///
 /// # Errors
 ///
-/// Why: the connection must end with that answer.
+/// Says why: the connection must end with that answer.
 pub fn check(version: Version, headers: &HeaderMap) -> Result<(), Problem> {
     let mut hosts = headers.get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {

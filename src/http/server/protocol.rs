@@ -1,4 +1,4 @@
-//! How HTTP/1.1 and HTTP/2 are spoken: windows, buffers, pings and the time for a head.
+//! Sets up HTTP/1.1 and HTTP/2: windows, buffers, pings and the time for a head.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! [`ServerStats`]: what a server counts of its connections.
+//! [`ServerStats`], the counters that a server keeps of its connections.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

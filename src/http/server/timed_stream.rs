@@ -114,7 +114,7 @@ impl TimedStream {
                 // No state while the kernel takes all that it is given, which is nearly always.
                 if let Some(stall) = &mut self.stall {
                     match stall.drained_at {
-                        // What was counted belongs to the answer before.
+                        // The counts belong to the answer before.
                         Some(drained_at) if drained_at.elapsed() > NEXT_ANSWER_GAP => {
                             self.stall = None
                         }

@@ -172,7 +172,7 @@ impl RetryState {
     ///
     /// # Errors
     ///
-    /// What to tell the caller, when another attempt would not help or not be safe.
+    /// Says what to tell the caller, if another attempt would not help or not be safe.
     pub fn classify(&self, shard: GroupId, failure: Failure) -> Result<Retry, Failure> {
         let retry = self.weigh(failure)?;
         Ok(Retry {

@@ -52,7 +52,7 @@ impl<A: ShardAccess> Router<A> {
                 .ask_parts(&request, &map, &retry_state, places, &mut answers)
                 .await?
             else {
-                // What has no answer now did not fit. The caller asks for it in its next request.
+                // Keys without an answer did not fit. The caller asks for them in its next request.
                 break;
             };
             places = left;

@@ -85,7 +85,7 @@ pub trait ShardAccess: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// What [`ShardAccess::call`] would fail with, if it is known before.
+    /// Fails as [`ShardAccess::call`] would, if that is known before.
     fn locate(
         &self,
         _shard: GroupId,
@@ -264,7 +264,7 @@ impl<A: ShardAccess> Router<A> {
     ///
     /// # Errors
     ///
-    /// What to tell the caller when there is no time left, or too many wait already.
+    /// Says what to tell the caller if there is no time left, or too many wait already.
     async fn pause(
         &self,
         retry_state: &mut RetryState,
@@ -333,7 +333,7 @@ impl<A: ShardAccess> Router<A> {
     ) -> Result<(), Failure> {
         let step = retry_state.next_pause(retry.maybe_done, self.next_jitter());
         let until = Instant::now() + step;
-        // Where the map is to blame there is nothing better to do than to wait for a newer one.
+        // If the map is to blame there is nothing better to do than to wait for a newer one.
         // Else it is looked for on the side; but now and then for as long as it takes, because the
         // network may be slower than the pauses are long.
         let patient = (retry.map_is_old && retry.hint.is_none())

@@ -162,7 +162,7 @@ impl<A: ShardAccess> Router<A> {
             }
         }
 
-        // What no page covers has another owner than the map says.
+        // A slot that no page covers has another owner than the map says.
         let missing = round.coverage.missing().next();
         Ok(missing.map(|slot| retry.unwrap_or_else(|| Retry::not_owned(slot))))
     }
@@ -231,8 +231,8 @@ impl Round {
                 (a, b) => a.or(b),
             };
         }
-        // What lies beyond is asked for again by the next round. Of many shards with large values
-        // it would be more than all else.
+        // Keys beyond it are asked for again by the next round. Of many shards with large values
+        // they would be more than all else.
         let mut items = page.items;
         if let Some(bound) = &self.bound {
             let is_complete = |item: &Item| {

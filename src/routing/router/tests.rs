@@ -17,7 +17,7 @@ use crate::sm::kv::{
 use crate::sm::slots::slot_of;
 use crate::types::{ClusterId, DirectoryId, MoveId, NodeId, PlanEpoch, ReplicaId, Revision, Slot};
 
-/// What a scripted call does instead of being served.
+/// A scripted call does this instead of being served.
 #[derive(Clone)]
 enum Script {
     Reply(ShardReply),
@@ -33,10 +33,10 @@ struct State {
     scripts: BTreeMap<GroupId, VecDeque<Script>>,
     remembered: BTreeMap<Bytes, WriteOutcome>,
     map: Option<Arc<ShardMap>>,
-    /// What a refresh finds.
+    /// The map that a refresh finds.
     next_map: Option<Arc<ShardMap>>,
     calls: Vec<(GroupId, Options)>,
-    /// How long a refresh waits for news.
+    /// The time that a refresh waits for news.
     refresh_takes: Duration,
     /// Moves a slot once, after this many calls.
     move_after: Option<(usize, Slot, GroupId)>,
@@ -580,8 +580,8 @@ async fn what_is_certainly_not_done_is_tried_again_and_no_more() {
         limit: "queue".into(),
         retry_after_ms: 5,
     };
-    // What the shard does first, the idempotency key, the expected number of calls, and whether the
-    // write succeeds.
+    // The first acts of the shard, the idempotency key, the expected number of calls, and true if
+    // the write succeeds.
     let table = [
         (
             "an election",

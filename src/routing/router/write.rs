@@ -65,7 +65,7 @@ impl<A: ShardAccess> Router<A> {
 
     /// # Errors
     ///
-    /// When nothing at all was sent, or for a write of one operation.
+    /// Fails only if nothing at all was sent, or for a write of one operation.
     async fn write_checked(
         &self,
         operations: Vec<Operation>,

@@ -1,4 +1,4 @@
-//! What the body of a request says, as far as these dialects look at it. Parts of it are kept as
+//! Reads the body of a request, as far as these dialects look at it. Parts of it are kept as
 //! the text they came as: a value is returned as it was given, with its numbers, the order of its
 //! fields and its spaces.
 

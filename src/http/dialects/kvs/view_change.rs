@@ -2,7 +2,7 @@
 //! `"repl-factor":R` for a store whose nodes belong to one shard each. A factor left out stays as
 //! it was asked for.
 //!
-//! When every key is where it belongs: 200 `{"message":"View change successful","shards":[...]}`,
+//! Once every key is where it belongs: 200 `{"message":"View change successful","shards":[...]}`,
 //! of C with `{"address":"a:1","key-count":5}` for each node, of C4 with
 //! `{"shard-id":"1","key-count":4,"replicas":["a:1","b:2"]}` for each shard. What can't be done as
 //! it is asked is 400; a newcomer that is not there, or belongs to another cluster, 503. Neither
