@@ -22,6 +22,7 @@ mod descriptors;
 mod dialect_kills;
 mod dialects;
 mod disk_full;
+mod disk_hang;
 mod docker;
 mod faults;
 mod fixtures;

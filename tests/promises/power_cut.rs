@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::common::cluster::{Cluster, Setup};
 use crate::common::load::Load;
-use crate::common::mounts::{Mount, run};
+use crate::common::mounts::{Mount, format_image, run};
 use crate::common::{eventually, say};
 
 const IMAGE_BYTES: u64 = 2 << 30;
@@ -26,7 +26,8 @@ async fn what_was_acknowledged_survives_a_power_cut() {
         place.path().join("copy"),
         place.path().join("mounted"),
     );
-    let disk = match format(&image).and_then(|()| Mount::image(&mounted, &image)) {
+    let disk = match format_image(&image, IMAGE_BYTES).and_then(|()| Mount::image(&mounted, &image))
+    {
         Ok(disk) => disk,
         Err(reason) => {
             return say(&format!(
@@ -67,13 +68,6 @@ async fn what_was_acknowledged_survives_a_power_cut() {
         "acknowledged before the cut, and lost: {lost:?}"
     );
     cluster.nodes[0].kill();
-}
-
-fn format(image: &Path) -> Result<(), String> {
-    let file = fs::File::create(image).map_err(|error| error.to_string())?;
-    file.set_len(IMAGE_BYTES)
-        .map_err(|error| error.to_string())?;
-    run("mkfs.ext4", &["-q", "-F", &image.display().to_string()]).map(drop)
 }
 
 /// Copies the image at one point in time: again, until nothing was written to it meanwhile.

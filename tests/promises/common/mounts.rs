@@ -1,5 +1,5 @@
 //! File systems of their own for a node: a small one that fills up, and an image that can be copied
-//! as a power cut would leave it.
+//! as a power cut would leave it, or frozen as a disk that hangs.
 //!
 //! Needs root and the right to mount; where that can't be had, the caller says so and leaves its
 //! test out.
@@ -49,6 +49,32 @@ impl Drop for Mount {
         // Lazily: who still has a file open there keeps it until it ends.
         let _ = run("umount", &["-l", &self.path.display().to_string()]);
     }
+}
+
+/// Keeps a file system from being written to, as a disk that hangs. Thawed when dropped: before
+/// that, who writes there can't even be killed.
+#[derive(Debug)]
+pub struct Frozen(PathBuf);
+
+impl Frozen {
+    /// Freezes it.
+    pub fn freeze(mount: &Mount) -> Result<Self, String> {
+        run("fsfreeze", &["-f", &mount.path.display().to_string()])?;
+        Ok(Self(mount.path.clone()))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = run("fsfreeze", &["-u", &self.0.display().to_string()]);
+    }
+}
+
+/// Makes an image file with an empty file system of so many bytes.
+pub fn format_image(image: &Path, bytes: u64) -> Result<(), String> {
+    let file = std::fs::File::create(image).map_err(|error| error.to_string())?;
+    file.set_len(bytes).map_err(|error| error.to_string())?;
+    run("mkfs.ext4", &["-q", "-F", &image.display().to_string()]).map(drop)
 }
 
 fn mount(path: &Path, arguments: &[&str]) -> Result<Mount, String> {
