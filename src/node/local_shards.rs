@@ -506,7 +506,7 @@ impl LocalShards {
     fn propose_failure(&self, shard: GroupId, error: ProposeError) -> Failure {
         match error {
             ProposeError::NotLeader { .. } => self.not_leader(shard),
-            ProposeError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
+            ProposeError::Overloaded { limit } => overloaded(format!("{limit} (shard {shard:#})")),
             ProposeError::Expired => unavailable(format!(
                 "shard {shard:#} had no time left to begin it{}",
                 self.context.missing_of(shard)
@@ -540,7 +540,7 @@ impl LocalShards {
     fn read_failure(&self, shard: GroupId, error: ReadError) -> Failure {
         match error {
             ReadError::NotLeader { .. } => self.not_leader(shard),
-            ReadError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
+            ReadError::Overloaded { limit } => overloaded(format!("{limit} (shard {shard:#})")),
             ReadError::Expired => unavailable(format!(
                 "no quorum of shard {shard:#} is in reach{}",
                 self.context.missing_of(shard)
