@@ -1,5 +1,5 @@
-//! Routes requests to shards: key → slot → shard by the map, a write split over shards, the pages
-//! of a scan merged, counts summed.
+//! Routes requests to shards: key → slot → shard by the map, a write split over shards, the
+//! pages of a scan merged, counts summed.
 //!
 //! Generic over [`ShardAccess`], which knows how to reach a shard: a node answers for the shards
 //! that it leads and forwards the rest, a remote client calls the leader. What is certainly not

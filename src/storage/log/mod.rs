@@ -3,8 +3,8 @@
 //! words; the adapter in `raft/` speaks to it.
 //!
 //! How an append travels: [`ReplicaLog::append`] checks it, keeps the entries readable in memory
-//! and queues them (`queue`) → the writer thread ([`LogWriter::run`]) takes all that waits, encodes
-//! it into one buffer of records (`record`), notes in the replica what the disk now holds
+//! and queues them (`queue`) → the writer thread ([`LogWriter::run`]) takes all that waits,
+//! encodes it into one buffer of records (`record`), notes in the replica what the disk now holds
 //! (`written`), writes, syncs, and calls every [`Done`] → when a segment is full the next one,
 //! prepared ahead, begins with a head that restates what came before (`segment`) → segments in
 //! which no live entry is left are used again. [`Log::open`] reads it all back (`replay`).

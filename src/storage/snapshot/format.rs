@@ -1,7 +1,8 @@
 //! The bytes of a snapshot file, format 1. Numbers are little-endian; every checksum is a CRC-32.
 //!
 //! ```text
-//! head     magic "QRTSNAP\0" · format u32 · length u32 · head (postcard) · checksum of all before
+//! head     magic "QRTSNAP\0" · format u32 · length u32 · head (postcard)
+//!          · checksum of all before
 //! block*   kind 1 · body length u32 · pairs u32 · checksum of the offset and these
 //!          · body · checksum of the offset and the body
 //!          where body is (key length u32 · value length u32 · key · value)*
