@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::command::{MoveOutcome, MoveRejection};
+use super::decision::overtaken;
 use super::destination::{give_up, miscounted};
 use crate::sm::kv::entry::EntryTransaction;
 use crate::sm::ports::{KeyRange, Read, StoreError};
@@ -50,26 +51,22 @@ pub(in crate::sm) fn clear<R: Read>(
     if entry.open_move(id)?.is_some() {
         return Ok(MoveRejection::Open { id }.into());
     }
-    let mut overtaken = BTreeSet::new();
+    let mut unfinished = BTreeSet::new();
     for slot in slots {
         let state = entry.state(*slot)?;
         if state.generation > id {
-            return Ok(MoveRejection::Overtaken {
-                slot: *slot,
-                generation: state.generation,
-            }
-            .into());
+            return Ok(overtaken(*slot, &state).into());
         }
         if state.serves_reads() {
             return Ok(MoveRejection::Owned { slot: *slot }.into());
         }
         if state.ownership == Ownership::Arriving {
-            overtaken.insert(state.generation);
+            unfinished.insert(state.generation);
         }
     }
     // A move is only opened when the ones before it of its slots have ended: what an older one
     // installs here will never be served.
-    for older in overtaken {
+    for older in unfinished {
         if let Some(open) = entry.open_move(older)? {
             give_up(entry, older, &open.slots)?;
         }

@@ -10,8 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 
 use super::command::{Install, InstallProgress, MoveOutcome, MovePhase, MoveRejection, OpenMove};
+use super::decision::{
+    MoveDecision, OTHER_SLOTS, change_all, done_before, every, not_open, refusal_to_open, unfit,
+};
 use super::observed::holds_anything;
-use super::source::{OTHER_SLOTS, change_all, every, not_open, unfit};
 use crate::sm::kv::entry::EntryTransaction;
 use crate::sm::kv::record::decode_record;
 use crate::sm::ports::{Read, StoreError};
@@ -21,8 +23,6 @@ use crate::sm::slots::{
 };
 use crate::types::{GroupId, MoveId, Slot};
 
-type DestinationDecision = Result<MoveOutcome, StoreError>;
-
 const NOT_THE_DESTINATION: &str = "this shard is the source of the move";
 
 pub(in crate::sm) fn prepare<R: Read>(
@@ -30,7 +30,7 @@ pub(in crate::sm) fn prepare<R: Read>(
     id: MoveId,
     slots: BTreeSet<Slot>,
     from: GroupId,
-) -> DestinationDecision {
+) -> MoveDecision {
     // A driver may send the step again, and so may the driver after it.
     if let Some(open) = entry.open_move(id)? {
         return Ok(match open.phase {
@@ -41,28 +41,21 @@ pub(in crate::sm) fn prepare<R: Read>(
             _ => unfit("another move was opened here under this id"),
         });
     }
-    if slots.is_empty() {
-        return Ok(unfit("a move of no slots"));
-    }
 
     // The slots must be empty: leftovers of an older move would be counted as this one's.
-    for slot in &slots {
-        let state = entry.state(*slot)?;
-        let rejection = match state.ownership {
-            _ if state.generation >= id => MoveRejection::Overtaken {
-                slot: *slot,
-                generation: state.generation,
-            },
+    let refusal = refusal_to_open(entry, id, &slots, |entry, slot, state| {
+        Ok(match state.ownership {
             Ownership::Owned | Ownership::Leaving | Ownership::Frozen => {
-                MoveRejection::Owned { slot: *slot }
+                Some(MoveRejection::Owned { slot })
             }
-            Ownership::Arriving => MoveRejection::Leftovers { slot: *slot },
-            Ownership::NotOwned if holds_anything(entry.map(), *slot)? => {
-                MoveRejection::Leftovers { slot: *slot }
+            Ownership::Arriving => Some(MoveRejection::Leftovers { slot }),
+            Ownership::NotOwned => {
+                holds_anything(entry.map(), slot)?.then_some(MoveRejection::Leftovers { slot })
             }
-            Ownership::NotOwned => continue,
-        };
-        return Ok(rejection.into());
+        })
+    })?;
+    if let Some(refusal) = refusal {
+        return Ok(refusal);
     }
 
     // From here on a later move of a slot meets this generation, and an earlier one is refused.
@@ -72,25 +65,30 @@ pub(in crate::sm) fn prepare<R: Read>(
         state.contents = SlotContents::default();
         state.requests = RequestsUsed::default();
     })?;
-    let progress = InstallProgress::default();
-    entry.put_move(
-        id,
-        &OpenMove {
-            slots,
-            phase: MovePhase::Installing {
-                from,
-                progress: progress.clone(),
-            },
-        },
-    );
-    Ok(MoveOutcome::Installing(progress))
+    Ok(keep(entry, id, slots, from, InstallProgress::default()))
+}
+
+/// Stores how far the install is, and answers with it.
+fn keep<R: Read>(
+    entry: &mut EntryTransaction<'_, R>,
+    id: MoveId,
+    slots: BTreeSet<Slot>,
+    from: GroupId,
+    progress: InstallProgress,
+) -> MoveOutcome {
+    let phase = MovePhase::Installing {
+        from,
+        progress: progress.clone(),
+    };
+    entry.put_move(id, &OpenMove { slots, phase });
+    MoveOutcome::Installing(progress)
 }
 
 pub(in crate::sm) fn install<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     time_ms: u64,
     install: Install,
-) -> DestinationDecision {
+) -> MoveDecision {
     let Some(open) = entry.open_move(install.id)? else {
         return Ok(MoveRejection::NotOpen.into());
     };
@@ -132,18 +130,7 @@ pub(in crate::sm) fn install<R: Read>(
     // The cursor is stored with the data, so the next driver goes on exactly here.
     progress.chunk += 1;
     progress.cursor = install.cursor;
-    let phase = MovePhase::Installing {
-        from,
-        progress: progress.clone(),
-    };
-    entry.put_move(
-        install.id,
-        &OpenMove {
-            slots: open.slots,
-            phase,
-        },
-    );
-    Ok(MoveOutcome::Installing(progress))
+    Ok(keep(entry, install.id, open.slots, from, progress))
 }
 
 /// A pair of a chunk, understood.
@@ -234,7 +221,7 @@ pub(in crate::sm) fn complete<R: Read>(
     slots: &BTreeSet<Slot>,
     chunk: u64,
     contents: &BTreeMap<Slot, SlotContents>,
-) -> DestinationDecision {
+) -> MoveDecision {
     let Some(open) = entry.open_move(id)? else {
         return not_open(entry, id, slots);
     };
@@ -266,35 +253,18 @@ pub(in crate::sm) fn complete<R: Read>(
         entry.state_mut(*slot)?.contents.revision = source.revision;
     }
     progress.complete = true;
-    let phase = MovePhase::Installing {
-        from,
-        progress: progress.clone(),
-    };
-    entry.put_move(
-        id,
-        &OpenMove {
-            slots: open.slots,
-            phase,
-        },
-    );
-    Ok(MoveOutcome::Installing(progress))
+    Ok(keep(entry, id, open.slots, from, progress))
 }
 
 pub(in crate::sm) fn activate<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> DestinationDecision {
+) -> MoveDecision {
     let Some(open) = entry.open_move(id)? else {
-        // An earlier try of this step was applied and its answer was lost: the driver may go on.
-        let active = every(entry, slots, |state| {
+        return done_before(entry, id, slots, |state| {
             state.generation == id && state.ownership == Ownership::Owned
-        })?;
-        return if active {
-            Ok(MoveOutcome::Done)
-        } else {
-            not_open(entry, id, slots)
-        };
+        });
     };
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
@@ -324,7 +294,7 @@ pub(in crate::sm) fn cancel<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> DestinationDecision {
+) -> MoveDecision {
     let Some(open) = entry.open_move(id)? else {
         // A slot that is served here was activated: then it is too late to give the install up.
         for slot in slots {

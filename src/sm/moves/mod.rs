@@ -1,13 +1,15 @@
 //! A slot move: everything that takes slots from a source shard to a destination shard.
 //!
 //! `command` has the entries of a move, their outcomes, and what a shard stores of an open move.
-//! `source`, `destination` and `clear` apply them; `chunk` reads at the source for the destination.
+//! `source`, `destination` and `clear` apply them, by what is decided alike at both sides
+//! (`decision`); `chunk` reads at the source for the destination.
 //! `observed` tells how far a shard is with a move, and `step` decides what comes next. Kept out:
 //! proposing the steps, which the node's controller does.
 
 mod chunk;
 pub(in crate::sm) mod clear;
 pub(in crate::sm) mod command;
+mod decision;
 pub(in crate::sm) mod destination;
 pub(in crate::sm) mod observed;
 pub(in crate::sm) mod source;

@@ -8,19 +8,20 @@
 use std::collections::BTreeSet;
 
 use super::command::{MoveOutcome, MovePhase, MoveRejection, OpenMove};
+use super::decision::{
+    MoveDecision, OTHER_SLOTS, change_all, done_before, every, not_open, refusal_to_open, unfit,
+};
 use crate::sm::kv::entry::EntryTransaction;
-use crate::sm::ports::{Read, StoreError};
+use crate::sm::ports::Read;
 use crate::sm::slots::{Ownership, SlotState};
 use crate::types::{GroupId, MoveId, Slot};
-
-type SourceDecision = Result<MoveOutcome, StoreError>;
 
 pub(in crate::sm) fn begin<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: BTreeSet<Slot>,
     to: GroupId,
-) -> SourceDecision {
+) -> MoveDecision {
     if let Some(open) = entry.open_move(id)? {
         // The driver may send the step again, and so may the driver after it.
         let same = match open.phase {
@@ -33,31 +34,26 @@ pub(in crate::sm) fn begin<R: Read>(
             unfit("another move began here under this id")
         });
     }
-    if slots.is_empty() {
-        return Ok(unfit("a move of no slots"));
+
+    let refusal = refusal_to_open(entry, id, &slots, |_, slot, state| {
+        Ok(match state.ownership {
+            Ownership::NotOwned => Some(MoveRejection::NotOwned { slot }),
+            Ownership::Leaving | Ownership::Frozen | Ownership::Arriving => {
+                Some(MoveRejection::Open {
+                    id: state.generation,
+                })
+            }
+            Ownership::Owned => None,
+        })
+    })?;
+    if let Some(refusal) = refusal {
+        return Ok(refusal);
     }
 
-    // All slots are checked before any is changed: the step is all or nothing.
-    for slot in &slots {
-        let state = entry.state(*slot)?;
-        let rejection = match state.ownership {
-            _ if state.generation >= id => MoveRejection::Overtaken {
-                slot: *slot,
-                generation: state.generation,
-            },
-            Ownership::NotOwned => MoveRejection::NotOwned { slot: *slot },
-            Ownership::Leaving | Ownership::Frozen | Ownership::Arriving => MoveRejection::Open {
-                id: state.generation,
-            },
-            Ownership::Owned => continue,
-        };
-        return Ok(rejection.into());
-    }
-    for slot in &slots {
-        let state = entry.state_mut(*slot)?;
+    change_all(entry, &slots, |state| {
         state.generation = id;
         state.ownership = Ownership::Leaving;
-    }
+    })?;
     entry.put_move(
         id,
         &OpenMove {
@@ -72,7 +68,7 @@ pub(in crate::sm) fn freeze<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> SourceDecision {
+) -> MoveDecision {
     let Some(open) = entry.open_move(id)? else {
         return not_open(entry, id, slots);
     };
@@ -102,15 +98,9 @@ pub(in crate::sm) fn release<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> SourceDecision {
+) -> MoveDecision {
     let Some(open) = entry.open_move(id)? else {
-        // An earlier try of this step was applied and its answer was lost: the driver may go on.
-        let released = every(entry, slots, |state| is_released(state, id))?;
-        return if released {
-            Ok(MoveOutcome::Done)
-        } else {
-            not_open(entry, id, slots)
-        };
+        return done_before(entry, id, slots, |state| is_released(state, id));
     };
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
@@ -137,7 +127,7 @@ pub(in crate::sm) fn abort<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
-) -> SourceDecision {
+) -> MoveDecision {
     if let Some(open) = entry.open_move(id)? {
         return match open.phase {
             _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
@@ -181,61 +171,9 @@ pub(in crate::sm) fn abort<R: Read>(
 }
 
 const NOT_THE_SOURCE: &str = "this shard is the destination of the move";
-pub(super) const OTHER_SLOTS: &str = "the move is open here with other slots";
 
 /// Returns true if this very move gave the slot up and no later move has touched it.
 pub(super) fn is_released(state: &SlotState, id: MoveId) -> bool {
     let given_up = state.moved_to.is_some_and(|(by, _)| by == id);
     state.ownership == Ownership::NotOwned && state.generation == id && given_up
-}
-
-pub(super) fn unfit(why: &str) -> MoveOutcome {
-    MoveRejection::Unfit {
-        why: why.to_owned(),
-    }
-    .into()
-}
-
-/// The rejection of a step of a move that is not open here.
-pub(super) fn not_open<R: Read>(
-    entry: &mut EntryTransaction<'_, R>,
-    id: MoveId,
-    slots: &BTreeSet<Slot>,
-) -> SourceDecision {
-    for slot in slots {
-        // Told apart, because a driver that was overtaken has nothing left to do.
-        let generation = entry.state(*slot)?.generation;
-        if generation > id {
-            return Ok(MoveRejection::Overtaken {
-                slot: *slot,
-                generation,
-            }
-            .into());
-        }
-    }
-    Ok(MoveRejection::NotOpen.into())
-}
-
-pub(super) fn every<R: Read>(
-    entry: &mut EntryTransaction<'_, R>,
-    slots: &BTreeSet<Slot>,
-    holds: impl Fn(&SlotState) -> bool,
-) -> Result<bool, StoreError> {
-    for slot in slots {
-        if !holds(&entry.state(*slot)?) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-pub(super) fn change_all<R: Read>(
-    entry: &mut EntryTransaction<'_, R>,
-    slots: &BTreeSet<Slot>,
-    change: impl Fn(&mut SlotState),
-) -> Result<(), StoreError> {
-    for slot in slots {
-        change(entry.state_mut(*slot)?);
-    }
-    Ok(())
 }
