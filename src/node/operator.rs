@@ -114,7 +114,8 @@ impl Operator {
             };
             match meta.propose_meta(command, deadline).await {
                 Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
-                    tracing::info!("plan {epoch} was accepted");
+                    // Told for all to see where it was asked for, with who did.
+                    tracing::debug!("plan {epoch} was accepted");
                     self.context.views().note_end(&view);
                     // Whether this node still leads does not matter any more: the plan may well
                     // take that from it.

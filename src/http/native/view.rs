@@ -175,8 +175,6 @@ async fn put(
         "the change of the view to plan {}",
         accepted.id
     ));
-    let client = timer.client().map(tracing::field::display);
-    tracing::info!(client, plan = %accepted.id, "a change of the view was asked for and accepted");
     let location = format!("{OPERATIONS}{}", accepted.id);
     let last = match permit {
         Some((permit, wait)) => {
