@@ -31,6 +31,7 @@ mod move_counters;
 mod move_destination;
 mod operator;
 mod pause;
+mod plan_proposal;
 pub mod platform;
 mod quorum;
 mod replica_failures;

@@ -12,6 +12,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use super::context::{NodeContext, read_applied_view, read_view_now};
+use super::plan_proposal::{PlanRefusal, install_plan};
 use crate::api::peer::{Identity, Standing};
 use crate::api::protocol::ClusterStatus;
 use crate::api::store::{Failure, Options};
@@ -20,7 +21,7 @@ use crate::api::view_change::{
     ViewChangeFailure,
 };
 use crate::raft::{ProposeError, Replica};
-use crate::sm::cluster::meta;
+use crate::sm::cluster::meta::MetaRejection;
 use crate::sm::cluster::view::{self, PlacementSpec, View};
 use crate::sm::level::TooOld;
 use crate::sm::placement::{Planned, plan};
@@ -108,12 +109,8 @@ impl Operator {
             }
 
             let epoch = planned.view.epoch;
-            let command = meta::MetaCommand::InstallPlan {
-                base: view.version,
-                next: Box::new(planned.view),
-            };
-            match meta.propose_meta(command, deadline).await {
-                Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
+            match install_plan(&meta, &view, planned.view, deadline).await {
+                Ok(()) => {
                     // Told for all to see where it was asked for, with who did.
                     tracing::debug!("plan {epoch} was accepted");
                     self.context.views().note_end(&view);
@@ -128,16 +125,16 @@ impl Operator {
                     return Ok(self.describe(&now, epoch, &self.context.status().await));
                 }
                 // Something else has changed the view meanwhile: the plan is drawn up anew.
-                Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::Outdated { .. })) => {}
-                Ok(meta::MetaOutcome::Rejected(rejection)) => {
+                Err(PlanRefusal::Rejected(MetaRejection::Outdated { .. })) => {}
+                Err(PlanRefusal::Rejected(rejection)) => {
                     let reason = format!("the meta group does not accept the plan: {rejection:?}");
                     return Err(ViewChangeFailure::Refused { reason });
                 }
-                Err(ProposeError::Unknown { reason }) => {
+                Err(PlanRefusal::Failed(ProposeError::Unknown { reason })) => {
                     let failure = self.context.for_want_of_meta(Failure::Unknown { reason });
                     return Err(ViewChangeFailure::Failed(failure));
                 }
-                Err(error) => {
+                Err(PlanRefusal::Failed(error)) => {
                     let failure = Failure::Unavailable {
                         reason: error.to_string(),
                         retry_after_ms: RETRY_AFTER_MS,

@@ -21,8 +21,8 @@ use crate::api::peer::{Identity, Standing};
 use crate::node::context::NodeContext;
 use crate::node::failure_reports::{FailedByNode, failing_nodes, failing_replicas};
 use crate::node::pause;
+use crate::node::plan_proposal::{PlanRefusal, install_plan};
 use crate::raft::Replica;
-use crate::sm::cluster::meta;
 use crate::sm::cluster::repair::{NodePresence, Replacement, next_plan, replace_failed};
 use crate::sm::cluster::view::View;
 use crate::types::{Address, DirectoryId, GroupId, NodeId};
@@ -109,7 +109,7 @@ impl NodeReplacement {
             self.look(&view).await;
             let (seen, replace_after_ms) = (self.seen(), as_ms(self.replace_after));
             if let Some(planned) = next_plan(&view, &seen, replace_after_ms) {
-                self.install(&meta, &view, planned.view).await;
+                self.repair(&meta, &view, planned.view).await;
                 continue;
             }
             let failing = failing_replicas(&view, &self.failed);
@@ -216,7 +216,8 @@ impl NodeReplacement {
             .collect()
     }
 
-    async fn install(&self, meta: &Replica, view: &View, next: View) {
+    /// Has the work of nodes that stay away given to others.
+    async fn repair(&self, meta: &Replica, view: &View, next: View) {
         let named = |ids: &mut dyn Iterator<Item = &NodeId>| -> Vec<String> {
             ids.filter_map(|id| next.nodes.get(id))
                 .map(|node| node.address.to_string())
@@ -226,62 +227,53 @@ impl NodeReplacement {
         let back = named(&mut view.evicted.difference(&next.evicted));
         let lost = named(&mut next.leaving.difference(&view.leaving));
         let epoch = next.epoch;
-        let command = meta::MetaCommand::InstallPlan {
-            base: view.version,
-            next: Box::new(next),
-        };
-        match meta
-            .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
-            .await
-        {
-            Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => tracing::warn!(
+        if install(meta, view, next, "repair").await {
+            tracing::warn!(
                 "plan {epoch}: the work of nodes that stay away ({}) or lost their disk ({}) goes \
                 to others; back at work: {}",
                 in_words(&out),
                 in_words(&lost),
                 in_words(&back)
-            ),
-            Ok(meta::MetaOutcome::Rejected(rejection)) => {
-                tracing::debug!("a repair was not accepted: {rejection:?}")
-            }
-            Err(error) => tracing::debug!("a repair was not accepted: {error}"),
+            );
         }
     }
+}
+
+/// Returns true if the meta group has accepted `next` as the plan that follows `view`. One that is
+/// refused is drawn up anew at the next look.
+async fn install(meta: &Replica, view: &View, next: View, what: &str) -> bool {
+    let deadline = Instant::now() + PROPOSE_TIMEOUT;
+    match install_plan(meta, view, next, deadline).await {
+        Ok(()) => return true,
+        Err(PlanRefusal::Rejected(rejection)) => {
+            tracing::debug!("a {what} was not accepted: {rejection:?}");
+        }
+        Err(PlanRefusal::Failed(error)) => tracing::debug!("a {what} was not accepted: {error}"),
+    }
+    false
 }
 
 /// Has failed replicas replaced by new ones.
 async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacement]) {
     let epoch = next.epoch;
-    let command = meta::MetaCommand::InstallPlan {
-        base: view.version,
-        next: Box::new(next),
-    };
-    match meta
-        .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
-        .await
+    if !install(meta, view, next, "replacement").await {
+        return;
+    }
+    for Replacement {
+        group,
+        node,
+        failed,
+        new,
+    } in replaced
     {
-        Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
-            for Replacement {
-                group,
-                node,
-                failed,
-                new,
-            } in replaced
-            {
-                let address = view
-                    .nodes
-                    .get(node)
-                    .map_or_else(|| node.to_string(), |node| node.address.to_string());
-                tracing::warn!(
-                    "plan {epoch}: replica {failed} of group {group} has failed at {address} for \
-                    too long: {new} takes its place there"
-                );
-            }
-        }
-        Ok(meta::MetaOutcome::Rejected(rejection)) => {
-            tracing::debug!("a replacement was not accepted: {rejection:?}")
-        }
-        Err(error) => tracing::debug!("a replacement was not accepted: {error}"),
+        let address = view
+            .nodes
+            .get(node)
+            .map_or_else(|| node.to_string(), |node| node.address.to_string());
+        tracing::warn!(
+            "plan {epoch}: replica {failed} of group {group} has failed at {address} for too \
+            long: {new} takes its place there"
+        );
     }
 }
 
