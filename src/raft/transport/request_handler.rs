@@ -303,14 +303,7 @@ impl Replica {
         if response.vote_granted {
             self.timer.on_vote_granted();
         }
-        self.notice_older_log(&response, last);
-
-        let last = response.last_log_id.as_ref().map(from_raft);
-        Ok(PeerReply::Vote {
-            vote: vote_from_raft(&response.vote),
-            last,
-            granted: response.vote_granted,
-        })
+        Ok(self.vote_reply(&response, last))
     }
 
     async fn pre_vote(&self, vote: Vote, last: Option<LogId>) -> Handled {
@@ -324,20 +317,20 @@ impl Replica {
             .pre_vote(request)
             .await
             .map_err(|_| PeerRefusal::Stopped)?;
-        self.notice_older_log(&response, last);
-        let last = response.last_log_id.as_ref().map(from_raft);
-        Ok(PeerReply::Vote {
-            vote: vote_from_raft(&response.vote),
-            last,
-            granted: response.vote_granted,
-        })
+        Ok(self.vote_reply(&response, last))
     }
 
-    /// Tells the election timer if a candidate, whose log ends at `last`, was refused for an older
-    /// log.
-    fn notice_older_log(&self, response: &VoteResponse<Types>, last: Option<LogId>) {
-        if !response.vote_granted && last < response.last_log_id.as_ref().map(from_raft) {
+    /// Returns what a candidate, whose log ends at `last`, is answered. Tells the election timer if
+    /// it was refused for an older log.
+    fn vote_reply(&self, response: &VoteResponse<Types>, last: Option<LogId>) -> PeerReply {
+        let own_last = response.last_log_id.as_ref().map(from_raft);
+        if !response.vote_granted && last < own_last {
             self.timer.on_older_log_refused();
+        }
+        PeerReply::Vote {
+            vote: vote_from_raft(&response.vote),
+            last: own_last,
+            granted: response.vote_granted,
         }
     }
 
