@@ -11,6 +11,7 @@ use std::path::Path;
 
 use crate::descriptors::patiently;
 use crate::sm::disk_level::DiskRoom;
+use crate::sm::ports::StoreError;
 
 /// Tells [`Disk::open`] what to do with a file that exists, or does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +67,14 @@ pub fn ensure_dir(disk: &dyn Disk, path: &Path) -> io::Result<()> {
         created => created?,
     }
     disk.sync_dir(parent)
+}
+
+/// Returns the failure of `doing` something to the file or directory at `path`.
+pub(super) fn io_error(doing: &str, path: &Path, source: io::Error) -> StoreError {
+    StoreError::Io {
+        context: format!("{doing} {}", path.display()),
+        source,
+    }
 }
 
 /// An open file, read and written at offsets.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::ReplicaKey;
-use super::disk::{Disk, Open, ensure_dir};
+use super::disk::{Disk, Open, ensure_dir, io_error};
 use super::map::Applied;
 use crate::sm::codec;
 use crate::sm::ports::StoreError;
@@ -148,13 +148,6 @@ impl WitnessFiles {
 
     fn path(&self, key: ReplicaKey, ending: &str) -> PathBuf {
         self.directory.join(format!("{key}{ending}"))
-    }
-}
-
-fn io_error(doing: &str, path: &Path, source: io::Error) -> StoreError {
-    StoreError::Io {
-        context: format!("{doing} {}", path.display()),
-        source,
     }
 }
 

@@ -17,9 +17,9 @@ use crate::node::platform::{Platform, Stepped};
 use crate::raft::Replica;
 use crate::sm::cluster::membership::{MembershipStep, ObservedMembership, next_step};
 use crate::sm::cluster::meta;
-#[cfg(any(test, feature = "testing"))]
-use crate::sm::cluster::view::ReportedMembership;
 use crate::sm::cluster::view::{self, View};
+#[cfg(any(test, feature = "testing"))]
+use crate::sm::cluster::view::{GroupSpec, ReportedMembership};
 use crate::types::{Address, GroupId, NodeId, ReplicaId};
 
 /// Between two looks at the groups.
@@ -348,16 +348,7 @@ impl MembershipSteps {
 impl MembershipController {
     /// Reports the members of a group as a leader that goes by `view` does.
     pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {
-        let led = self
-            .shared
-            .context
-            .registry
-            .get(group)
-            .ok_or("it is not open here")?;
-        let spec = view
-            .groups
-            .get(&group)
-            .ok_or("the view has no such group")?;
+        let (led, spec) = self.find(view, group)?;
         let observed = self
             .shared
             .observe(spec, &led)
@@ -372,18 +363,23 @@ impl MembershipController {
             .await
     }
 
+    fn find<'a>(
+        &self,
+        view: &'a View,
+        group: GroupId,
+    ) -> Result<(Arc<Replica>, &'a GroupSpec), String> {
+        let led = self.shared.context.registry.get(group);
+        Ok((
+            led.ok_or("it is not open here")?,
+            view.groups
+                .get(&group)
+                .ok_or("the view has no such group")?,
+        ))
+    }
+
     /// Adds a replica as a leader that goes by `view` does.
     pub async fn add(&self, view: &View, group: GroupId, replica: ReplicaId) -> Result<(), String> {
-        let led = self
-            .shared
-            .context
-            .registry
-            .get(group)
-            .ok_or("it is not open here")?;
-        let spec = view
-            .groups
-            .get(&group)
-            .ok_or("the view has no such group")?;
+        let (led, spec) = self.find(view, group)?;
         self.shared
             .take(view, spec, &led, MembershipStep::AddLearner(replica))
             .await

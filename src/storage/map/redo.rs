@@ -30,7 +30,7 @@ use super::record::{RECORD_KEY, TreeRecord};
 use crate::sm::codec;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
-use crate::storage::disk::{Disk, DiskFile, Open, ensure_dir};
+use crate::storage::disk::{Disk, DiskFile, Open, ensure_dir, io_error};
 use crate::storage::tree::Tree;
 
 const MAGIC: &[u8; 8] = b"QRTREDO\0";
@@ -188,13 +188,6 @@ fn whole(bytes: &[u8]) -> Option<&[u8]> {
     let (checksum, rest) = rest.split_first_chunk::<8>()?;
     let body = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
     (xxh3_64(body) == u64::from_le_bytes(*checksum)).then_some(body)
-}
-
-fn io_error(doing: &str, path: &Path, source: io::Error) -> StoreError {
-    StoreError::Io {
-        context: format!("{doing} {}", path.display()),
-        source,
-    }
 }
 
 #[cfg(test)]

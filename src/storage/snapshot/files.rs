@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
-use crate::storage::disk::{Disk, DiskFile, Open, ensure_dir};
+use crate::storage::disk::{Disk, DiskFile, Open, ensure_dir, io_error};
 use crate::storage::map::Applied;
 use crate::types::LogId;
 
@@ -169,13 +169,6 @@ impl SnapshotFiles {
 }
 
 /// An error of the disk with what was being done to which file.
-pub(super) fn io_error(doing: &str, path: &Path, source: io::Error) -> StoreError {
-    StoreError::Io {
-        context: format!("{doing} {}", path.display()),
-        source,
-    }
-}
-
 fn file_name(key: ReplicaKey, log_id: Option<LogId>) -> String {
     match log_id {
         Some(LogId { term, index }) => format!("{key}-{term}-{index}{PUBLISHED}"),

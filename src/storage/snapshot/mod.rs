@@ -21,7 +21,7 @@ use self::files::SnapshotFiles;
 use self::format::{SnapshotHead, Trailer, UNSYNCED_BYTES_MAX, Visit};
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
-use crate::storage::disk::DiskFile;
+use crate::storage::disk::{DiskFile, io_error};
 use crate::storage::map::Applied;
 
 /// An open snapshot file. Cheap to clone; stays readable when a newer one replaces it.
@@ -237,7 +237,7 @@ impl SnapshotReceiver {
             && !new.is_empty()
         {
             file.write_at(new, self.bytes_len)
-                .map_err(|source| files::io_error("writing", &self.path, source))?;
+                .map_err(|source| io_error("writing", &self.path, source))?;
             self.bytes_len += new.len() as u64;
             self.unsynced += new.len();
 
@@ -245,7 +245,7 @@ impl SnapshotReceiver {
             if self.unsynced >= UNSYNCED_BYTES_MAX {
                 self.unsynced = 0;
                 file.sync()
-                    .map_err(|source| files::io_error("syncing", &self.path, source))?;
+                    .map_err(|source| io_error("syncing", &self.path, source))?;
             }
         }
         Ok(())
@@ -264,7 +264,7 @@ impl SnapshotReceiver {
         // All of it is read before a map is given up for it.
         let checked = file
             .sync()
-            .map_err(|source| files::io_error("syncing", &path, source))
+            .map_err(|source| io_error("syncing", &path, source))
             .and_then(|()| {
                 let (head, trailer) = format::inspect(&*file)?;
                 if head.key.group != self.key.group {
