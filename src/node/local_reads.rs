@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::unreadable::tell_unreadable;
 use crate::api::protocol::{ShardPage, ShardReply};
@@ -85,12 +85,24 @@ pub async fn read_map(
     if !state.reads_wait(kind) {
         return state.read_here(work);
     }
-    let read = tokio::time::timeout_at(deadline, state.read_elsewhere(kind, work)).await;
-    read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
+    in_time(group, deadline, state.read_elsewhere(kind, work))
+        .await
+        .unwrap_or_else(ShardReply::Failed)
 }
 
-pub fn waited_too_long(group: &Replica) -> Failure {
-    unavailable(format!("the map of {} waits for the disk", group.key()))
+/// Returns what was read of the map of a replica.
+///
+/// # Errors
+///
+/// Fails if the read still waits for the disk when the deadline passes.
+pub async fn in_time<T>(
+    group: &Replica,
+    deadline: Instant,
+    read: impl Future<Output = T>,
+) -> Result<T, Failure> {
+    timeout_at(deadline, read)
+        .await
+        .map_err(|_| unavailable(format!("the map of {} waits for the disk", group.key())))
 }
 
 /// Charges what the gets of a write return, if that is not more than they may.
@@ -108,9 +120,7 @@ pub async fn charge_gets(
             let read = group
                 .state()
                 .read_elsewhere(ReadKind::Keys, move |read| weigh(read, &write));
-            tokio::time::timeout_at(deadline, read)
-                .await
-                .map_err(|_| waited_too_long(group))?
+            in_time(group, deadline, read).await?
         }
     };
     let weight = weighed.map_err(|error| broken(group, &error))?;
@@ -210,8 +220,9 @@ pub async fn read_keys(
     let read = state.elsewhere(ReadKind::Keys, move || {
         read_runs(&replica, &answers, &many, true)
     });
-    let read = tokio::time::timeout_at(deadline, read).await;
-    read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
+    in_time(group, deadline, read)
+        .await
+        .unwrap_or_else(ShardReply::Failed)
 }
 
 /// Reads keys up to the first that is not owned here: the router looks for its owner when it asks
@@ -318,8 +329,9 @@ pub async fn read_page(
         drop(ahead);
         read_steps(&replica, &answers, &request)
     };
-    let read = tokio::time::timeout_at(deadline, state.elsewhere(ReadKind::Page, read)).await;
-    read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
+    in_time(group, deadline, state.elsewhere(ReadKind::Page, read))
+        .await
+        .unwrap_or_else(ShardReply::Failed)
 }
 
 /// Reads a page, which ends early where there is no room for more. Entries are applied between its

@@ -14,8 +14,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::context::{NodeContext, PeerPlace};
 use super::local_reads::{
-    KEYS_MAX, ManyKeys, RETRY_AFTER_MS, answer_gets, broken, charge_gets, read_count, read_key,
-    read_keys, read_map, read_page, unavailable, waited_too_long, written_reply,
+    KEYS_MAX, ManyKeys, RETRY_AFTER_MS, answer_gets, broken, charge_gets, in_time, read_count,
+    read_key, read_keys, read_map, read_page, unavailable, written_reply,
 };
 use super::locator::Locator;
 use super::move_destination;
@@ -235,12 +235,12 @@ impl LocalShards {
             };
         }
 
-        match timeout_at(deadline, self.refused(group, &write)).await {
+        match in_time(group, deadline, self.refused(group, &write)).await {
             Ok(None) => {}
             Ok(Some(rejection)) => {
                 return ShardReply::Written(kv::WriteOutcome::Rejected(rejection));
             }
-            Err(_) => return ShardReply::Failed(waited_too_long(group)),
+            Err(failure) => return ShardReply::Failed(failure),
         }
 
         // What was applied can't be taken back for lack of room, so answers are charged before.
@@ -729,8 +729,7 @@ impl ShardAccess for LocalShards {
         };
 
         if node != self.context.node {
-            let transferred =
-                tokio::time::timeout_at(deadline, local.transfer_leader(replica)).await;
+            let transferred = timeout_at(deadline, local.transfer_leader(replica)).await;
             let reason = match transferred {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.to_string()),
