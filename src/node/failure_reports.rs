@@ -98,22 +98,10 @@ pub fn meta_voters(view: &View, but: NodeId) -> Vec<Address> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
-    use crate::sm::placement::first_view;
     use crate::sm::recovery::FailureCause;
-    use crate::types::ClusterId;
+    use crate::sm::testing::view_of;
 
     const SHARD: GroupId = GroupId(1);
-
-    fn view() -> View {
-        let node = |number: u32| NodeSpec {
-            address: format!("n{number}:1").parse().expect("an address"),
-            public_address: None,
-            directory: DirectoryId(u128::from(number)),
-        };
-        let nodes = (1..=3).map(node).collect();
-        first_view(ClusterId(9), PlacementSpec::default(), nodes).expect("a view")
-    }
 
     fn failed(replica: ReplicaId, cause: FailureCause) -> FailedReplica {
         FailedReplica {
@@ -127,7 +115,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_was_not_repeated_counts_no_more_and_a_stranger_is_not_heard() {
-        let (view, reports) = (view(), FailureReports::default());
+        let (view, reports) = (view_of(3), FailureReports::default());
         assert!(!reports.take(&view, DirectoryId(77)));
         assert!(reports.nodes().is_empty());
         assert!(reports.take(&view, DirectoryId(2)));
@@ -138,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_node_can_tell_only_of_its_own_replicas() {
-        let view = view();
+        let view = view_of(3);
         let on = |node| view.replica_on(SHARD, NodeId(node)).expect("it has one");
         let all = vec![
             failed(on(2), FailureCause::Damaged),
@@ -158,6 +146,6 @@ mod tests {
 
     #[test]
     fn every_other_voter_of_the_meta_group_is_told() {
-        assert_eq!(meta_voters(&view(), NodeId(2)).len(), 2);
+        assert_eq!(meta_voters(&view_of(3), NodeId(2)).len(), 2);
     }
 }

@@ -51,19 +51,11 @@ impl FullDisks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
-    use crate::sm::placement::first_view;
-    use crate::types::ClusterId;
+    use crate::sm::testing::view_of;
 
     #[tokio::test(start_paused = true)]
     async fn what_was_not_repeated_or_was_taken_back_counts_no_more() {
-        let node = |number: u32| NodeSpec {
-            address: format!("n{number}:1").parse().expect("an address"),
-            public_address: None,
-            directory: DirectoryId(u128::from(number)),
-        };
-        let nodes = (1..=3).map(node).collect();
-        let view = first_view(ClusterId(9), PlacementSpec::default(), nodes).expect("a view");
+        let view = view_of(3);
         let id_of = |directory: u128| {
             let mut nodes = view.nodes.iter();
             let found = nodes.find(|(_, node)| node.directory == DirectoryId(directory));

@@ -202,7 +202,9 @@ fn sealed_error(error: sealed::SealedError) -> StartError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::View;
     use crate::sm::ports::WriteBatch;
+    use crate::sm::testing::view_of;
     use crate::storage::ReplicaKey;
     use crate::storage::log::{Expect, Vote};
     use crate::storage::map::{Applied, MapOptions, OnSynced, Origin, Synced};
@@ -361,14 +363,10 @@ mod tests {
     fn a_member_keeps_what_it_has_whatever_the_file_says() {
         let (disk, trees) = (SimDisk::new(1), MemTrees::new());
         live(&disk, &trees, &Stamp::Fresh, 1);
-        let of = crate::sm::cluster::view::NodeSpec {
-            address: "127.0.0.1:1".parse().expect("an address"),
-            public_address: None,
-            directory: crate::types::DirectoryId(7),
+        let view = View {
+            cluster: ClusterId(2),
+            ..view_of(1)
         };
-        let asked = crate::sm::cluster::view::PlacementSpec::default();
-        let view = crate::sm::placement::first_view(ClusterId(2), asked, vec![of])
-            .expect("a view of one node");
         let stamp = Stamp::Member {
             cluster: ClusterId(2),
             node: NodeId(1),

@@ -98,23 +98,11 @@ fn missing(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
-    use crate::sm::placement::first_view;
-    use crate::types::{ClusterId, DirectoryId};
+    use crate::sm::testing::view_of;
 
     #[test]
     fn who_is_missing_is_named_and_whether_the_others_are_enough() {
-        let node = |at: u128| NodeSpec {
-            address: format!("10.0.0.{at}:1").parse().expect("an address"),
-            public_address: None,
-            directory: DirectoryId(at),
-        };
-        let view = first_view(
-            ClusterId(7),
-            PlacementSpec::default(),
-            (1..=3).map(node).collect(),
-        )
-        .expect("a view");
+        let view = view_of(3);
         let told = |there: &[u64]| {
             let of = view.groups.get(&GroupId::META).expect("there is one");
             missing(&view, GroupId::META, of, |node| there.contains(&node.0))
@@ -123,11 +111,11 @@ mod tests {
         assert_eq!(told(&ids), "");
         assert_eq!(
             told(&ids[..1]),
-            ": no sign of 10.0.0.2:1, 10.0.0.3:1; 1 of its 3 voters left, 2 needed"
+            ": no sign of n2:1, n3:1; 1 of its 3 voters left, 2 needed"
         );
         assert_eq!(
             told(&ids[..2]),
-            ": no sign of 10.0.0.3:1; 2 of its 3 voters left, 2 needed"
+            ": no sign of n3:1; 2 of its 3 voters left, 2 needed"
         );
     }
 }

@@ -136,6 +136,7 @@ mod tests {
 
     use super::*;
     use crate::client::testing::{bind, json, nobody, serve, status};
+    use crate::sm::testing::view_of;
     use crate::types::{ClusterId, DirectoryId};
 
     /// Serves the identity of a node that was in a cluster once, or is in one; counts how often it
@@ -166,16 +167,8 @@ mod tests {
     }
 
     fn member() -> Standing {
-        let node = |at: u64| crate::sm::cluster::view::NodeSpec {
-            address: format!("a:{at}").parse().expect("an address"),
-            public_address: None,
-            directory: DirectoryId(u128::from(at)),
-        };
-        let view =
-            crate::sm::placement::first_view(ClusterId(1), Default::default(), vec![node(1)])
-                .expect("a view");
         Standing::Member {
-            view: Box::new(view),
+            view: Box::new(view_of(1)),
         }
     }
 

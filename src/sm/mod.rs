@@ -26,4 +26,4 @@ pub mod slots;
 pub mod stalls;
 pub mod starts;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

@@ -1,13 +1,29 @@
-//! For the tests of the core: a meta group that is one map, and whose groups do what the view says
-//! when they are told to.
+//! For tests: the view of a few nodes, and, for those of the core, a meta group that is one map and
+//! whose groups do what the view says when they are told to.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
 use super::cluster::meta::{self, MetaCommand, MetaOutcome};
-use super::cluster::view::{ReportedMembership, View};
-use crate::types::{GroupId, LogId, MoveId, Slot};
+use super::cluster::view::{NodeSpec, PlacementSpec, ReportedMembership, View};
+use super::placement::first_view;
+use crate::types::{ClusterId, DirectoryId, GroupId, LogId, MoveId, Slot};
+
+/// Returns a node whose address and directory are made of its number.
+pub fn node(number: u32) -> NodeSpec {
+    NodeSpec {
+        address: format!("n{number}:1").parse().expect("an address"),
+        public_address: None,
+        directory: DirectoryId(u128::from(number)),
+    }
+}
+
+/// Returns the first view of the nodes 1 to `nodes`, which asks for nothing in particular.
+pub fn view_of(nodes: u32) -> View {
+    let nodes = (1..=nodes).map(node).collect();
+    first_view(ClusterId(9), PlacementSpec::default(), nodes).expect("a view")
+}
 
 /// The meta group's map, changed by its commands alone.
 pub struct Meta {

@@ -188,29 +188,13 @@ pub async fn outgrown(mut views: watch::Receiver<Arc<View>>, speaks: u16) -> Too
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::cluster::view::PlacementSpec;
-    use crate::sm::placement::first_view;
-    use crate::types::{ClusterId, DirectoryId};
+    use crate::sm::testing::view_of;
 
     const AFTER: Duration = Duration::from_secs(60);
 
-    fn view() -> View {
-        let node = |number: u32| NodeSpec {
-            address: format!("n{number}:1").parse().expect("an address"),
-            public_address: None,
-            directory: DirectoryId(u128::from(number)),
-        };
-        first_view(
-            ClusterId(9),
-            PlacementSpec::default(),
-            vec![node(1), node(2)],
-        )
-        .expect("a view")
-    }
-
     #[test]
     fn the_level_is_raised_once_every_node_has_spoken_it_for_a_while_without_a_gap() {
-        let (view, start) = (view(), Instant::now());
+        let (view, start) = (view_of(2), Instant::now());
         let mut reports = LevelReports::default();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut round = |seconds: u64, said: &[(u64, u16, bool)]| {
@@ -260,7 +244,13 @@ mod tests {
 
     #[test]
     fn a_level_that_is_reached_is_not_raised_again() {
-        let (view, now) = (View { level: 1, ..view() }, Instant::now());
+        let (view, now) = (
+            View {
+                level: 1,
+                ..view_of(2)
+            },
+            Instant::now(),
+        );
         let mut reports = LevelReports::default();
         reports.take(
             now,

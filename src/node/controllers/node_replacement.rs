@@ -388,26 +388,11 @@ fn as_ms(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
-    use crate::sm::placement::first_view;
+    use crate::sm::testing::view_of;
     use crate::types::ClusterId;
 
     fn address(number: u32) -> Address {
         format!("n{number}:1").parse().expect("an address")
-    }
-
-    fn view(nodes: u32) -> View {
-        let node = |number| NodeSpec {
-            address: address(number),
-            public_address: None,
-            directory: DirectoryId(u128::from(number)),
-        };
-        first_view(
-            ClusterId(9),
-            PlacementSpec::default(),
-            (1..=nodes).map(node).collect(),
-        )
-        .expect("a view")
     }
 
     fn identity(at: u32, directory: u128, standing: Standing) -> Identity {
@@ -427,7 +412,7 @@ mod tests {
     /// node up.
     #[test]
     fn a_disk_is_lost_only_to_one_that_says_so_under_the_address_that_was_asked() {
-        let view = view(3);
+        let view = view_of(3);
         let fresh = |named: &[u32]| Standing::Fresh {
             view: named.iter().copied().map(address).collect(),
         };

@@ -37,29 +37,15 @@ pub fn may_create(group: &view::GroupSpec, replica: ReplicaId) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::cluster::view::{NodeSpec, PlacementSpec, ReportedMembership};
-    use crate::sm::placement::first_view;
-    use crate::types::{ClusterId, DirectoryId, GroupId, LogId};
+    use crate::sm::cluster::view::ReportedMembership;
+    use crate::sm::testing::view_of;
+    use crate::types::{GroupId, LogId};
 
     const SHARD: GroupId = GroupId(1);
 
-    fn view() -> View {
-        let node = |number: u32| NodeSpec {
-            address: format!("n{number}:1").parse().expect("an address"),
-            public_address: None,
-            directory: DirectoryId(u128::from(number)),
-        };
-        first_view(
-            ClusterId(9),
-            PlacementSpec::default(),
-            vec![node(1), node(2), node(3)],
-        )
-        .expect("a view")
-    }
-
     #[test]
     fn a_replica_is_created_only_while_its_group_never_counted_it() {
-        let mut group = view().groups.remove(&SHARD).expect("a shard");
+        let mut group = view_of(3).groups.remove(&SHARD).expect("a shard");
         let first = *group.creation.keys().next().expect("a voter");
         assert!(may_create(&group, first), "of a new group");
         let new = ReplicaId(77);
@@ -89,7 +75,7 @@ mod tests {
 
     #[test]
     fn only_what_the_view_has_had_and_has_no_more_is_forgotten() {
-        let mut view = view();
+        let mut view = view_of(3);
         let next = view.next_replica;
         let key_of = |group, replica| ReplicaKey { group, replica };
         let group = view.groups.get_mut(&SHARD).expect("a shard");

@@ -233,6 +233,7 @@ mod tests {
     use super::*;
     use crate::sm::cluster::view::PlacementSpec;
     use crate::sm::placement::first_view;
+    use crate::sm::testing::node;
     use crate::types::ClusterId;
 
     const REPLACE_AFTER_MS: u64 = 300_000;
@@ -244,14 +245,6 @@ mod tests {
     };
 
     fn cluster(count: u32, asked: PlacementSpec) -> View {
-        let node = |number: u32| {
-            let address = format!("n{number}:1").parse().expect("an address");
-            NodeSpec {
-                address,
-                public_address: None,
-                directory: DirectoryId(u128::from(number)),
-            }
-        };
         first_view(ClusterId(1), asked, (1..=count).map(node).collect()).expect("a view")
     }
 

@@ -17,8 +17,8 @@ use super::{MembershipStep, ObservedMembership, Replicas, blocked, next_step};
 use crate::sm::cluster::meta::MetaCommand;
 use crate::sm::cluster::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, View};
 use crate::sm::placement::{first_view, plan};
-use crate::sm::testing::Meta;
-use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
+use crate::sm::testing::{Meta, node};
+use crate::types::{ClusterId, GroupId, LogId, NodeId, ReplicaId};
 
 /// Entries that a replica may lack and still count as caught up.
 const LAG_MAX: usize = 4;
@@ -356,7 +356,7 @@ struct Sim {
     meta: Meta,
     groups: BTreeMap<GroupId, Raft>,
     nodes: Vec<NodeSpec>,
-    next_directory: u128,
+    next_directory: u32,
     up: BTreeSet<NodeId>,
     /// The view as it is.
     view: View,
@@ -373,7 +373,7 @@ impl Sim {
     fn new(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let count = rng.random_range(1..=6_u128);
-        let nodes: Vec<NodeSpec> = (1..=count).map(node).collect();
+        let nodes: Vec<NodeSpec> = (1..=count).map(|number| node(number as u32)).collect();
         let factor = rng.random_range(1..=5.min(count as u8));
         let view = first_view(ClusterId(1), asked(factor), nodes.clone()).expect("a view");
         let groups = view
@@ -840,15 +840,6 @@ impl Sim {
 
 fn places(view: &View) -> BTreeMap<ReplicaId, NodeId> {
     view.groups.values().flat_map(GroupSpec::hosted).collect()
-}
-
-fn node(number: u128) -> NodeSpec {
-    let address = format!("n{number}:1").parse().expect("an address");
-    NodeSpec {
-        address,
-        public_address: None,
-        directory: DirectoryId(number),
-    }
 }
 
 fn asked(factor: u8) -> PlacementSpec {

@@ -6,28 +6,10 @@ use super::*;
 use crate::sm::cluster::view::PlacementSpec;
 use crate::sm::level;
 use crate::sm::placement::{first_view, plan};
-use crate::sm::testing::Meta;
+use crate::sm::testing::{Meta, node, view_of};
 use crate::types::{ClusterId, GroupId, LogId, MapVersion, Slot};
 
 type Map = BTreeMap<Bytes, Bytes>;
-
-fn node(number: u32) -> NodeSpec {
-    let address = format!("n{number}:1").parse().expect("an address");
-    NodeSpec {
-        address,
-        public_address: None,
-        directory: DirectoryId(u128::from(number)),
-    }
-}
-
-fn view() -> View {
-    first_view(
-        ClusterId(9),
-        PlacementSpec::default(),
-        vec![node(1), node(2), node(3)],
-    )
-    .expect("a view")
-}
 
 /// Applies `command` and returns what it answered.
 fn run(map: &mut Map, command: MetaCommand) -> MetaOutcome {
@@ -48,7 +30,7 @@ fn founded() -> Map {
         run(
             &mut map,
             MetaCommand::Found {
-                view: Box::new(view())
+                view: Box::new(view_of(3))
             }
         ),
         MetaOutcome::Done
@@ -78,15 +60,15 @@ fn a_cluster_is_founded_once() {
         run(
             &mut map,
             MetaCommand::Found {
-                view: Box::new(view())
+                view: Box::new(view_of(3))
             }
         ),
         MetaOutcome::Done
     );
-    assert_eq!(read_view(&map).expect("readable"), Some(view()));
+    assert_eq!(read_view(&map).expect("readable"), Some(view_of(3)));
     let second = View {
         cluster: ClusterId(10),
-        ..view()
+        ..view_of(3)
     };
     let outcome = run(
         &mut map,
@@ -98,7 +80,7 @@ fn a_cluster_is_founded_once() {
         outcome,
         MetaOutcome::Rejected(MetaRejection::AlreadyFounded)
     );
-    assert_eq!(read_view(&map).expect("readable"), Some(view()));
+    assert_eq!(read_view(&map).expect("readable"), Some(view_of(3)));
 }
 
 #[test]
@@ -134,7 +116,7 @@ fn a_view_that_does_not_fit_together_is_rejected() {
         }),
     ];
     for (name, damage) in table {
-        let mut view = view();
+        let mut view = view_of(3);
         damage(&mut view);
         let mut map = Map::new();
         let outcome = run(
@@ -161,7 +143,7 @@ fn a_node_announces_a_new_address() {
     assert_eq!(run(&mut map, announce(2, 2, "n2:1")), MetaOutcome::Done);
     assert_eq!(
         read_view(&map).expect("readable"),
-        Some(view()),
+        Some(view_of(3)),
         "nothing new, nothing changed"
     );
     assert_eq!(
@@ -202,7 +184,7 @@ fn an_announcement_is_believed_only_of_the_right_directory_and_a_free_address() 
 
 #[test]
 fn a_report_from_before_the_plan_retires_nothing() {
-    let mut meta = Meta::founded(view());
+    let mut meta = Meta::founded(view_of(3));
     let (group, old) = (GroupId(1), meta.view());
     let members = old.groups[&group].voters();
     let reported = ReportedMembership {
@@ -529,7 +511,7 @@ fn the_encodings_of_moves_and_reports_stand() {
 #[test]
 fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away() {
     type Break = fn(&mut View);
-    let mut meta = Meta::founded(view());
+    let mut meta = Meta::founded(view_of(3));
     let old = meta.view();
     let wanted = vec![node(1), node(2), node(4)];
     let next = plan(&old, old.placement, &wanted, &BTreeSet::new())
@@ -650,7 +632,7 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
 /// Ids are never reused: data left behind under an id is met by nobody who comes later.
 #[test]
 fn ids_are_never_given_out_again_and_open_moves_stay() {
-    let mut meta = Meta::founded(view());
+    let mut meta = Meta::founded(view_of(3));
     let old = meta.view();
     let change = |meta: &mut Meta, nodes: &[u32]| {
         let view = meta.view();
@@ -773,7 +755,7 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
 
 #[test]
 fn a_move_is_opened_once_where_it_is_due_and_ends_once() {
-    let mut meta = Meta::founded(view());
+    let mut meta = Meta::founded(view_of(3));
     let old = meta.view();
     let wanted = vec![node(1), node(2), node(3), node(4)];
     meta.install(
@@ -851,7 +833,7 @@ fn a_move_is_opened_once_where_it_is_due_and_ends_once() {
 
 #[test]
 fn a_report_of_an_unknown_group_is_rejected_and_an_older_one_changes_nothing() {
-    let mut meta = Meta::founded(view());
+    let mut meta = Meta::founded(view_of(3));
     let view = meta.view();
     let report = |group, index, learners: &[u64]| {
         let voters = view.groups[&GroupId(1)].voters();
