@@ -147,13 +147,13 @@ const IMPURE: &[&[&str]] = &[
     &["async"],
 ];
 
-/// A file past this wants to be two.
 /// How a doc comment begins that names a thing in place of saying what is returned or done.
 const NOUN_CLAUSES: &[&str] = &[
     "What", "How", "Why", "Whether", "Where", "Who", "When", "Whom", "Whose", "Which",
 ];
 
-const LINES_MAX: usize = 1300;
+/// A file past this wants to be two.
+const LINES_MAX: usize = 1000;
 
 /// As in `rustfmt.toml` and `.editorconfig`.
 const COLUMNS_MAX: usize = 100;
@@ -372,6 +372,7 @@ fn the_core_is_pure() {
     );
 }
 
+/// Tests and doubles too: they are read as often.
 #[test]
 fn every_file_says_what_lives_in_it_and_is_of_a_size() {
     let mut wrong = Vec::new();
@@ -379,12 +380,19 @@ fn every_file_says_what_lives_in_it_and_is_of_a_size() {
         if !source.text.starts_with("//!") && source.text.lines().count() > 1 {
             wrong.push(format!("{} does not open with //!", source.path));
         }
-        let lines = source.text.lines().count();
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for file in written_files(root) {
+        if file.extension().is_none_or(|extension| extension != "rs") {
+            continue;
+        }
+        let name = file.strip_prefix(root).expect("below the root").display();
+        let lines = fs::read_to_string(&file)
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+            .lines()
+            .count();
         if lines > LINES_MAX {
-            wrong.push(format!(
-                "{} has {lines} lines, more than {LINES_MAX}",
-                source.path
-            ));
+            wrong.push(format!("{name} has {lines} lines, more than {LINES_MAX}"));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));

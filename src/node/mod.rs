@@ -37,6 +37,7 @@ mod quorum;
 mod replica_failures;
 mod running_node;
 mod unreadable;
+mod views;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};

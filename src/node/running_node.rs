@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::context::{NodeContext, Views, read_view_now};
+use super::context::{NodeContext, read_view_now};
 use super::controllers::agreement::Agreement;
 use super::controllers::disk_watch::DiskWatch;
 use super::controllers::failure_reporter::FailureReporter;
@@ -39,6 +39,7 @@ use super::local_shards::LocalShards;
 use super::map_directory::{MAPS_DIR, are_maps_condemned};
 use super::metric_family::Family;
 use super::metrics;
+use super::views::Views;
 use crate::api::peer::Announcement;
 use crate::api::store::Failure;
 use crate::blocking;

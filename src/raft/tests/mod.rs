@@ -2,6 +2,7 @@
 //! loopback.
 
 mod cluster;
+mod failover;
 mod full_disk;
 mod groups;
 mod lanes;
