@@ -20,7 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("config", &["types", "sm"]),
     ("descriptors", &[]),
     ("supervisor", &[]),
-    ("sm", &["types"]),
+    ("sm", &["mutants", "types"]),
     (
         "storage",
         &[
@@ -63,6 +63,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "node",
         &[
+            "mutants",
             "blocking",
             "types",
             "budget",
@@ -97,6 +98,18 @@ const LAYERS: &[(&str, &[&str])] = &[
             "routing",
             "client",
             "node",
+        ],
+    ),
+    (
+        "fuzzing",
+        &[
+            "supervisor",
+            "sm",
+            "storage",
+            "raft",
+            "api",
+            "client",
+            "http",
         ],
     ),
     (

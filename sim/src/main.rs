@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
-use quorate::mutants::Mutant;
-use quorate::mutants::testing as mutants;
+use quorate::mutants::{self, Mutant};
 
 use world::determinism::real_now;
 use world::run::{Fault, Life, simulate};

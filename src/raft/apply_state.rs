@@ -9,7 +9,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use tokio::sync::{MutexGuard as TurnGuard, watch};
@@ -19,6 +19,7 @@ use super::apply_progress::{ApplyProgress, ProgressRead};
 use super::map_hold::MapHold;
 use super::replica_store::ReplicaStore;
 use super::types::{ApplyOutcome, Proposal};
+use crate::mutants::{self, Mutant};
 use crate::sm::cluster::meta;
 use crate::sm::ports::{StoreError, WriteBatch};
 use crate::sm::{kv, requests};
@@ -230,7 +231,17 @@ impl ApplyState {
         // Taken now, because deciding consumes the command.
         let notes = command.notes_digest();
         let read_only = command.read_only();
-        let (outcome, batch) = state.read_here(|read| command.decide(read, &work, applying))?;
+        let (outcome, mut batch) = state.read_here(|read| command.decide(read, &work, applying))?;
+        if self.store.key().replica.0 % 2 == 1 && mutants::is_on(Mutant::ApplyDiffersBetweenBuilds)
+        {
+            let mut others = WriteBatch::default();
+            for (key, value) in batch {
+                if let Some(value) = value {
+                    others.put(key, value);
+                }
+            }
+            batch = others;
+        }
 
         // Asked for before the entry is applied, so that the digest is taken right after it.
         if let Some(log_id) = work.applied.log_id.filter(|_| notes) {
@@ -366,6 +377,10 @@ impl GroupClock {
 
     /// Returns the group time.
     pub fn now_ms(&self) -> u64 {
+        if mutants::is_on(Mutant::GroupTimeByWallClock) {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            return now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+        }
         let (time_ms, at) = *self.0.lock();
         time_ms + u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX - time_ms)
     }

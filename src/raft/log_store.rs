@@ -227,7 +227,11 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_committed(&mut self, committed: Option<RaftLogId>) -> io::Result<()> {
-        self.log.save_committed(committed.as_ref().map(from_raft));
+        let committed = match mutants::is_on(Mutant::CommittedAhead) {
+            true => self.log.state().last,
+            false => committed.as_ref().map(from_raft),
+        };
+        self.log.save_committed(committed);
         Ok(())
     }
 

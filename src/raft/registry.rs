@@ -34,6 +34,7 @@ use super::transport::{Dial, Lane, NodeIdentity, Resolver};
 use super::witness::{self, WitnessReplica};
 use super::witness_store::WitnessStore;
 use crate::blocking;
+use crate::mutants::{self, Mutant};
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
@@ -533,7 +534,7 @@ impl Registry {
             .ok_or(PeerRefusal::NoReplica(header.group))?;
 
         // A frame for an earlier replica of this group must not reach its successor.
-        if group.key().replica != header.target {
+        if group.key().replica != header.target && !mutants::is_on(Mutant::RetiredReplicaVotes) {
             return Err(PeerRefusal::OtherReplica(group.key().replica));
         }
         group.handle(lane, header.sender, request, tail)

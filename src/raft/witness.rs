@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use super::replica::Replica;
 use super::status::{RaftStatus, Role};
 use super::transport::wire::PeerRequest;
+use crate::mutants::{self, Mutant};
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::types::ReplicaId;
@@ -78,16 +79,23 @@ impl WitnessReplica {
             .voters
             .contains_key(&self.key().replica);
 
-        let upto = state
-            .purge_index()
-            .min(status.applied.map_or(0, |id| id.index));
+        let purges_all = mutants::is_on(Mutant::WitnessPurgesWhatOthersLack);
+        let promised = if purges_all {
+            u64::MAX
+        } else {
+            state.purge_index()
+        };
+        let upto = promised.min(status.applied.map_or(0, |id| id.index));
         let purged = status.purged.map_or(0, |id| id.index);
         let freed = group
             .log
             .bytes_since(purged)
             .saturating_sub(group.log.bytes_since(upto));
 
-        if !is_voter || upto <= purged || !(under_pressure || freed >= PURGE_BYTES_MIN) {
+        if !is_voter
+            || upto <= purged
+            || !(under_pressure || purges_all || freed >= PURGE_BYTES_MIN)
+        {
             return Ok(());
         }
 

@@ -28,6 +28,7 @@ use super::slots::{
     CLOCK_KEY, RequestsUsed, expiry_key, expiry_range, expiry_range_from, misplaced,
     parse_expiry_key, request_key,
 };
+use crate::mutants::{self, Mutant};
 use crate::types::{Revision, Slot};
 
 /// For how long, in group time, an answer is remembered: longer than any client of ours goes on
@@ -272,6 +273,9 @@ impl RequestMemory {
         let Some(mut record) = brought else {
             return Ok(());
         };
+        if mutants::is_on(Mutant::RequestsNotMoved) {
+            return Ok(());
+        }
         if record.expired(source_ms) {
             return Ok(());
         }
@@ -316,6 +320,9 @@ impl RequestMemory {
         key: &[u8],
         record: Bytes,
     ) -> Result<(), StoreError> {
+        if mutants::is_on(Mutant::RequestsNotRemembered) {
+            return Ok(());
+        }
         self.store(entry, slot, key, self.now_ms(), record)?;
         assert!(
             entry.state(slot)?.requests.bytes <= REQUESTS_BYTES_MAX,

@@ -27,6 +27,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::codec;
 use super::ports::{Direction, KeyRange, Read, StoreError, after_prefix};
+use crate::mutants::{self, Mutant};
 use crate::types::{GroupId, MoveId, Revision, SLOTS, Slot};
 
 /// Keys with this first byte are the storage layer's own.
@@ -143,6 +144,9 @@ impl SlotContents {
 impl SlotState {
     /// Returns true if the shard answers reads of the slot.
     pub fn serves_reads(&self) -> bool {
+        if self.moved_to.is_some() && mutants::is_on(Mutant::ReleasedSlotServed) {
+            return true;
+        }
         match self.ownership {
             Ownership::Owned | Ownership::Leaving | Ownership::Frozen => true,
             Ownership::NotOwned | Ownership::Arriving => false,

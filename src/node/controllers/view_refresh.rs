@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::peer::Standing;
+use crate::mutants::{self, Mutant};
 use crate::node::context::NodeContext;
 use crate::sm::cluster::view::View;
 use crate::supervisor;
@@ -122,7 +123,10 @@ impl StaleViewRefresh {
         let mut newest: Option<Box<View>> = None;
         for identity in join_all(answers).await.into_iter().flatten() {
             match identity.standing {
-                Standing::Member { view } if view.cluster == self.context.cluster => {
+                Standing::Member { view }
+                    if view.cluster == self.context.cluster
+                        || mutants::is_on(Mutant::StrangersViewBelieved) =>
+                {
                     if newest
                         .as_ref()
                         .is_none_or(|newest| view.version > newest.version)

@@ -143,7 +143,11 @@ impl ReadIndex {
                 continue;
             }
             let confirmed = self.round(&raft, &apply_state).await;
-            for read in queued {
+            let late = match mutants::is_on(Mutant::ReadJoinsRunningRound) {
+                true => std::mem::take(&mut self.lock().queued),
+                false => Vec::new(),
+            };
+            for read in queued.into_iter().chain(late) {
                 let _ = read.send(confirmed.clone());
             }
         }

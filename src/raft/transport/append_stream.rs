@@ -17,6 +17,7 @@ use super::lanes::{PendingReply, read_reply};
 use super::peer_client::{PeerClient, RpcResult, network_error, read_append_reply, rpc_error};
 use super::wire::PeerReply;
 use super::{Lane, LaneError};
+use crate::mutants::{self, Mutant};
 use crate::raft::types::{RaftLogId, Types, vote_from_raft};
 use crate::telemetry::rarely;
 
@@ -181,6 +182,9 @@ where
     /// Returns true if the log has entries that were not taken yet. Otherwise the task is woken
     /// when it has.
     fn has_entries(&mut self, context: &mut Context<'_>) -> bool {
+        if mutants::is_on(Mutant::ResultSpeaksForUnanswered) {
+            return true;
+        }
         // Polled until it is pending, so that the next entry wakes this task.
         while self.grown.as_mut().poll(context).is_ready() {
             self.grown = Box::pin(self.client.network.tip.grown());
@@ -191,6 +195,9 @@ where
     /// Returns true if reporting `matching` now would make openraft credit a request that is still
     /// in flight.
     fn speaks_for_others(&self, matching: Option<RaftLogId>) -> bool {
+        if mutants::is_on(Mutant::ResultSpeaksForUnanswered) {
+            return false;
+        }
         let is_failed = self.failed.is_some() && self.taken <= matching;
         is_failed || self.window.iter().any(|later| later.last <= matching)
     }

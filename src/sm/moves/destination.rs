@@ -14,6 +14,7 @@ use super::decision::{
     MoveDecision, OTHER_SLOTS, change_all, done_before, every, not_open, refusal_to_open, unfit,
 };
 use super::observed::holds_anything;
+use crate::mutants::{self, Mutant};
 use crate::sm::kv::entry::EntryTransaction;
 use crate::sm::kv::record::decode_record;
 use crate::sm::ports::{Read, StoreError};
@@ -250,6 +251,9 @@ pub(in crate::sm) fn complete<R: Read>(
 
     // Revisions go on where the source stopped, so that none is ever used twice.
     for (slot, source) in contents {
+        if mutants::is_on(Mutant::RevisionsBeginAnew) {
+            break;
+        }
         entry.state_mut(*slot)?.contents.revision = source.revision;
     }
     progress.complete = true;
@@ -262,6 +266,10 @@ pub(in crate::sm) fn activate<R: Read>(
     slots: &BTreeSet<Slot>,
 ) -> MoveDecision {
     let Some(open) = entry.open_move(id)? else {
+        if mutants::is_on(Mutant::OlderMoveActivates) {
+            change_all(entry, slots, |state| state.ownership = Ownership::Owned)?;
+            return Ok(MoveOutcome::Done);
+        }
         return done_before(entry, id, slots, |state| {
             state.generation == id && state.ownership == Ownership::Owned
         });

@@ -11,6 +11,7 @@ use super::change::{LogChange, invalid};
 use super::index::{Contradiction, EntryLocation, LogIndex, index_after};
 use super::record::{ReplicaHead, entry_len};
 use super::{Done, LogEntry};
+use crate::mutants::{self, Mutant};
 use crate::storage::ReplicaKey;
 use crate::types::LogId;
 
@@ -188,6 +189,9 @@ impl ReplicaLogState {
         self.synced = earlier(self.synced, to);
         let limit = self.truncated.map_or(to, |(_, limit)| earlier(limit, to));
         self.truncated = Some((self.seq + 1, limit));
+        if mutants::is_on(Mutant::TruncationNotLogged) {
+            return Ok(LogChange::Nothing);
+        }
         Ok(LogChange::Truncate(to))
     }
 

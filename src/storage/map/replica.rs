@@ -18,6 +18,7 @@ use super::redo::{Redo, RedoFile};
 use super::store::{CheckpointJob, MapClaim, MapStoreInner};
 use super::tree_walks::{TreeCheck, TreeCopy};
 use super::{Applied, Synced};
+use crate::mutants::{self, Mutant};
 use crate::sm::ports::{StoreError, WriteBatch};
 use crate::storage::ReplicaKey;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
@@ -714,6 +715,7 @@ fn redo_of(
     record: &TreeRecord,
     mut map_bytes: u64,
 ) -> Result<(Redo, u64), StoreError> {
+    let before = record.applied.clone();
     let mut record = TreeRecord {
         applied: frozen.applied.clone(),
         ..record.clone()
@@ -737,6 +739,9 @@ fn redo_of(
             map_bytes += pair_bytes(key, value);
         }
         changes.push((key.clone(), change.clone()));
+    }
+    if mutants::is_on(Mutant::AppliedBehindData) {
+        record.applied = before;
     }
     Ok((Redo { record, changes }, map_bytes))
 }

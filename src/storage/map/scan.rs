@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::record::RESERVED;
 use super::replica::{ReplicaMap, ReplicaMapInner, TreeWriter};
+use crate::mutants::{self, Mutant};
 use crate::sm::ports::StoreError;
 use crate::storage::snapshot::Snapshot;
 use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter};
@@ -76,8 +77,10 @@ pub(super) fn scan(
     loop {
         // While the writer is locked the tree stands still, so the scan shows one moment.
         let mut writer = replica.lock_writer_last();
-        replica.freeze_rest();
-        replica.checkpoint_ready(&mut writer)?;
+        if !mutants::is_on(Mutant::SnapshotWithoutLastBatch) {
+            replica.freeze_rest();
+            replica.checkpoint_ready(&mut writer)?;
+        }
         replica.check()?;
         let is_as_new = |current: &&Snapshot| *current.applied() == writer.record.applied;
         if trust == SnapshotTrust::Current
@@ -89,7 +92,10 @@ pub(super) fn scan(
         // Written under a temporary name: a file that was cut short must never be found.
         let head = SnapshotHead {
             key: replica.key,
-            applied: writer.record.applied.clone(),
+            applied: match mutants::is_on(Mutant::SnapshotWithoutLastBatch) {
+                true => replica.read_memtables().applied.clone(),
+                false => writer.record.applied.clone(),
+            },
         };
         let files = &replica.shared.files;
         let (path, file) = files.create_temporary(replica.key)?;
@@ -186,10 +192,9 @@ pub(super) fn publish(
     }
     snapshot.publish(replica.key)?;
     *current_snapshot = Some(snapshot.clone());
-    replica
-        .shared
-        .files
-        .remove_others(replica.key, Some(&snapshot.path()))?;
+    let kept = snapshot.path();
+    let kept = (!mutants::is_on(Mutant::BothSnapshotsDeleted)).then_some(&*kept);
+    replica.shared.files.remove_others(replica.key, kept)?;
     replica
         .shared
         .counters
