@@ -8,6 +8,7 @@ pub mod client;
 pub mod config;
 pub mod descriptors;
 pub mod http;
+pub mod metrics;
 pub mod mutants;
 pub mod node;
 pub mod raft;

@@ -19,6 +19,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("telemetry", &["types"]),
     ("config", &["types", "sm"]),
     ("descriptors", &[]),
+    ("metrics", &[]),
     ("supervisor", &[]),
     ("sm", &["mutants", "types"]),
     (
@@ -66,6 +67,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "mutants",
             "blocking",
             "types",
+            "metrics",
             "budget",
             "error",
             "telemetry",
@@ -85,6 +87,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "blocking",
             "types",
+            "metrics",
             "budget",
             "error",
             "telemetry",
@@ -116,6 +119,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "types",
+            "metrics",
             "budget",
             "error",
             "telemetry",
@@ -139,6 +143,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("sled", &["storage/"]),
     ("axum", &["http/"]),
     ("reqwest", &["routing/", "client/", "raft/transport/lanes"]),
+    ("prometheus_client", &["metrics.rs"]),
 ];
 
 /// What no file of `sm/` may name: it would make two replicas differ, or wait.

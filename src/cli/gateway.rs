@@ -3,6 +3,7 @@
 //! It holds the shard map alone, so any number of them may run, and any may be lost. It fetches the
 //! answer where a node would redirect: its clients need not reach the nodes.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -17,9 +18,8 @@ use super::servers::local_cluster;
 use super::{EXIT_CODES, signals};
 use crate::client::gateway_readiness::GatewayReadiness;
 use crate::client::remote::RemoteStore;
-use crate::http::{
-    App, Exposition, Limits, MetricKind, MetricSource, Metrics, NotReady, Readiness, Server,
-};
+use crate::http::{App, Limits, NotReady, Readiness, Server};
+use crate::metrics::{Collector, DescriptorEncoder, EncodeFamilies};
 use crate::telemetry::{self, LogFormat};
 use crate::types::{Address, ParseError};
 
@@ -138,7 +138,8 @@ pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
     announce(&server.addresses());
     let store = Arc::new(RemoteStore::connect(members)?);
     let lookout = Arc::new(GatewayHealth(GatewayReadiness::new(Arc::clone(&store))));
-    let metrics = Arc::new(Metrics::new(vec![server.stats(), lookout.clone()]));
+    let metrics: Vec<Box<dyn Collector>> =
+        vec![Box::new(server.stats()), Box::new(lookout.clone())];
     let app = App::new(store, lookout.clone(), metrics, None, limits.clone());
     let stop = CancellationToken::new();
     let stopping = async {
@@ -177,41 +178,40 @@ impl Readiness for GatewayHealth {
     }
 }
 
-impl MetricSource for GatewayHealth {
-    fn collect(&self, text: &mut Exposition) {
-        text.family(
+impl fmt::Debug for GatewayHealth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("GatewayHealth").finish_non_exhaustive()
+    }
+}
+
+impl Collector for GatewayHealth {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        encoder.gauge(
             "quorate_gateway_ready",
-            MetricKind::Gauge,
             "Whether every shard has a leader that answers here.",
-        );
-        text.sample(&[], u8::from(self.0.ready().is_ok()));
+            u64::from(self.0.ready().is_ok()),
+        )?;
 
         // Before the first look nothing is known, and zeros would look like an empty cluster.
-        let Some(look) = self.0.last() else { return };
-        text.family(
-            "quorate_gateway_nodes",
-            MetricKind::Gauge,
-            "Nodes of the view.",
-        );
-        text.sample(&[], look.nodes);
-        text.family(
+        let Some(look) = self.0.last() else {
+            return Ok(());
+        };
+        encoder.gauge("quorate_gateway_nodes", "Nodes of the view.", look.nodes)?;
+        encoder.gauge(
             "quorate_gateway_shards",
-            MetricKind::Gauge,
             "Shards that own keys.",
-        );
-        text.sample(&[], look.shards);
-        text.family(
+            look.shards,
+        )?;
+        encoder.gauge(
             "quorate_gateway_map_version",
-            MetricKind::Gauge,
             "Version of the shard map as it was last told.",
-        );
-        text.sample(&[], look.map_version);
-        text.family(
+            look.map_version,
+        )?;
+        encoder.gauge(
             "quorate_gateway_look_age_seconds",
-            MetricKind::Gauge,
             "Time since the cluster was last looked at.",
-        );
-        text.sample(&[], look.at.elapsed().as_secs_f64());
+            look.at.elapsed().as_secs_f64(),
+        )
     }
 }
 

@@ -25,12 +25,9 @@ use crate::api::peer::{
 use crate::api::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::api::store::Failure;
 use crate::config::NodeConfig;
-use crate::http::MetricKind;
-use crate::http::{
-    App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness,
-    Server,
-};
-use crate::node::{FamilyKind, Node, NodeError};
+use crate::http::{App, BindError, Limits, NotReady, PeerService, Readiness, Server};
+use crate::metrics::Collector;
+use crate::node::{Node, NodeError};
 use crate::raft::transport::Lane;
 use crate::raft::transport::lanes::serve_lane;
 use crate::routing::transport::SetUpError;
@@ -154,14 +151,13 @@ pub async fn run(arguments: ServeArguments) -> Result<(), ServeError> {
 
 /// Returns the app that serves a node.
 pub fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
-    served(node, vec![server.stats()], limits)
+    served(node, vec![Box::new(server.stats())], limits)
 }
 
 /// Returns a node as [`app`] does, with the metrics of whatever serves it.
-pub fn served(node: &Arc<Node>, mut metrics: Vec<Arc<dyn MetricSource>>, limits: Limits) -> App {
+pub fn served(node: &Arc<Node>, mut metrics: Vec<Box<dyn Collector>>, limits: Limits) -> App {
     let face = Arc::new(NodeService { node: node.clone() });
-    metrics.push(face.clone());
-    let metrics = Arc::new(Metrics::new(metrics));
+    metrics.push(Box::new(node.clone()));
     App::new(node.clone(), face.clone(), metrics, Some(face), limits)
 }
 
@@ -213,33 +209,6 @@ impl Readiness for NodeService {
 
     fn note(&self) -> Option<String> {
         self.node.note()
-    }
-}
-
-impl MetricSource for NodeService {
-    fn collect(&self, text: &mut Exposition) {
-        text.family(
-            "quorate_ready",
-            MetricKind::Gauge,
-            "1 where /readyz is 200.",
-        );
-        text.sample(&[], u8::from(self.node.ready().is_ok()));
-        for family in self.node.families() {
-            let kind = match family.kind {
-                FamilyKind::Counter => MetricKind::Counter,
-                FamilyKind::Gauge => MetricKind::Gauge,
-                FamilyKind::Histogram => MetricKind::Histogram,
-            };
-            text.family(family.name, kind, family.help);
-            for sample in &family.samples {
-                let labels: Vec<(&str, &str)> = sample
-                    .labels
-                    .iter()
-                    .map(|(name, value)| (*name, value.as_str()))
-                    .collect();
-                text.part(sample.suffix, &labels, sample.value);
-            }
-        }
     }
 }
 

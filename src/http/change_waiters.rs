@@ -228,16 +228,15 @@ mod tests {
     use super::*;
     use crate::api::store::{Consistency, Routing};
     use crate::http::testing::{FakeStore, Site, Switch};
-    use crate::http::{App, Limits, Metrics};
+    use crate::http::{App, Limits};
 
     const WAITERS: usize = 200;
 
     fn app(store: &Arc<FakeStore>) -> App {
-        let metrics = Arc::new(Metrics::new(Vec::new()));
         App::new(
             store.clone(),
             Arc::new(Switch::default()),
-            metrics,
+            Vec::new(),
             None,
             Limits::default(),
         )

@@ -7,6 +7,7 @@ use http::{StatusCode, header};
 use super::app::SharedApp;
 use super::problem::Problem;
 use super::readiness::NotReady;
+use crate::metrics::CONTENT_TYPE;
 
 /// Answers 200 as long as the process answers at all.
 pub(super) async fn healthz() -> &'static str {
@@ -28,15 +29,8 @@ pub(super) async fn readyz(State(app): State<SharedApp>) -> Response {
 }
 
 pub(super) async fn metrics(State(app): State<SharedApp>) -> Response {
-    let content_type = [(
-        header::CONTENT_TYPE,
-        "text/plain; version=0.0.4; charset=utf-8",
-    )];
-    (
-        content_type,
-        app.metrics.render(&app.bodies, &app.answers, &app.changes),
-    )
-        .into_response()
+    let content_type = [(header::CONTENT_TYPE, CONTENT_TYPE)];
+    (content_type, app.metrics.page()).into_response()
 }
 
 /// The page that a browser is shown.

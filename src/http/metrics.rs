@@ -1,8 +1,9 @@
-//! Counts and times requests, and writes `/metrics` in Prometheus' text format 0.0.4.
+//! Counts and times requests, and has the registry of `/metrics`.
 //!
-//! A request costs a few relaxed atomic additions; nothing is allocated and nothing locked. What
-//! other parts count comes in through [`MetricSource`]. Series of requests that never came are left
-//! out.
+//! A request costs a few relaxed atomic additions; nothing is allocated and nothing locked. So the
+//! times of requests are counted here, because the library's histogram takes a lock, and its
+//! families look for their labels. What other parts count, their [`Collector`]s read at the scrape.
+//! Series of requests that never came are left out.
 //!
 //! Names follow Prometheus' conventions, as `exposition` of the member `sim` holds them: base
 //! units, counters end in `_total`, histograms of time in `_duration_seconds`. A name is a
@@ -11,7 +12,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
@@ -19,14 +20,18 @@ use http::Method;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::answer_budget;
 use super::change_waiters::ChangeWaiters;
 use super::dialect::Dialect;
 use super::dialects::no_room;
 use super::problem::{Code, Problem, ProblemCode};
-use super::prometheus::{Exposition, MetricKind, MetricSource};
-use super::{answer_budget, process_metrics};
+use super::process_metrics::{self, ProcessMetrics};
 use crate::api::store::Failure;
 use crate::budget::Budget;
+use crate::metrics::{
+    Collector, Counter, DescriptorEncoder, EncodeFamilies, Family, Gauge, HistogramCounts,
+    Registry, counter_stem, page,
+};
 use crate::telemetry::Rarely;
 
 /// Upper bounds of the latency buckets, in microseconds. From a cached read to the longest timeout.
@@ -66,23 +71,165 @@ impl RequestSeries {
     }
 }
 
-/// The counters of the serving side, and the sources of all others.
+/// Counts the requests of each dialect and method.
+#[derive(Debug, Default)]
+struct RequestCounts([[RequestSeries; METHODS.len()]; Dialect::ALL.len()]);
+
+impl RequestCounts {
+    fn each(&self) -> impl Iterator<Item = (RequestLabels, &RequestSeries)> {
+        Dialect::ALL
+            .iter()
+            .zip(&self.0)
+            .flat_map(|(dialect, methods)| {
+                METHODS.iter().zip(methods).map(|(method, series)| {
+                    let labels = [("dialect", dialect.label()), ("method", *method)];
+                    (labels, series)
+                })
+            })
+    }
+
+    fn times(&self) -> impl Iterator<Item = (RequestLabels, HistogramCounts)> {
+        self.each().filter_map(|(labels, series)| {
+            let counts = series
+                .buckets
+                .each_ref()
+                .map(|count| count.load(Ordering::Relaxed));
+            let sum_us = series.total_us.load(Ordering::Relaxed);
+            let came = counts.iter().any(|count| *count > 0);
+            came.then(|| {
+                let times = HistogramCounts::of_microseconds(&BUCKETS_US, &counts, sum_us);
+                (labels, times)
+            })
+        })
+    }
+}
+
+type RequestLabels = [(&'static str, &'static str); 2];
+
+impl Collector for RequestCounts {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let classes = self.each().flat_map(|([dialect, method], series)| {
+            CLASSES
+                .iter()
+                .zip(&series.classes)
+                .map(move |(class, count)| {
+                    let labels = [dialect, method, ("status", *class)];
+                    (labels, count.load(Ordering::Relaxed))
+                })
+        });
+
+        // Most of dialect, method and class never occur together, and each series costs its
+        // readers.
+        encoder.counters(
+            "quorate_http_requests_total",
+            "Requests answered, by dialect, method and class of status.",
+            classes.filter(|(_, count)| *count > 0),
+        )?;
+        encoder.histograms(
+            "quorate_http_request_duration_seconds",
+            "Time from a request's head to its answer, by dialect and method.",
+            self.times(),
+        )?;
+        encoder.histograms(
+            "quorate_http_request_seconds",
+            "Deprecated, and to go after the next release: see \
+            quorate_http_request_duration_seconds.",
+            self.times(),
+        )
+    }
+}
+
+/// Reads what requests hold at the scrape.
+#[derive(Debug)]
+pub struct RoomMetrics {
+    pub bodies: Arc<Budget>,
+    pub answers: Arc<Budget>,
+    pub changes: Arc<ChangeWaiters>,
+}
+
+impl Collector for RoomMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        encoder.gauge(
+            "quorate_http_body_bytes_in_flight",
+            "Bytes of request bodies being worked on.",
+            self.bodies.used(),
+        )?;
+        encoder.counter(
+            "quorate_http_body_refusals_total",
+            "Bodies that were refused for want of room.",
+            self.bodies.refused(),
+        )?;
+        encoder.gauge(
+            "quorate_answer_bytes_in_flight",
+            "Bytes of values and answers that are charged now.",
+            self.answers.used(),
+        )?;
+        encoder.gauge(
+            "quorate_answer_bytes_max",
+            "Bytes that values and answers may have together.",
+            self.answers.bytes_max(),
+        )?;
+        encoder.counter(
+            "quorate_answer_refusals_total",
+            "Times that there was no room for a value or an answer.",
+            self.answers.refused(),
+        )?;
+        encoder.gauge(
+            "quorate_change_waiters",
+            "Clients that wait for the end of a change of the view.",
+            self.changes.waiting(),
+        )?;
+        encoder.counter(
+            "quorate_change_waiters_refused_total",
+            "Clients for which there was no place to wait.",
+            self.changes.refused(),
+        )
+    }
+}
+
+/// The counters of the serving side, and the registry on which all others stand too.
+#[derive(Debug)]
 pub struct Metrics {
-    series: [[RequestSeries; METHODS.len()]; Dialect::ALL.len()],
+    registry: Registry,
+    requests: Arc<RequestCounts>,
     /// By their places in [`Code::ALL`].
-    problems: [AtomicU64; Code::ALL.len()],
-    in_flight: AtomicI64,
-    sources: Vec<Arc<dyn MetricSource>>,
+    problems: [Counter; Code::ALL.len()],
+    in_flight: Gauge,
 }
 
 impl Metrics {
-    pub fn new(sources: Vec<Arc<dyn MetricSource>>) -> Self {
+    pub fn new(rooms: RoomMetrics, collectors: Vec<Box<dyn Collector>>) -> Self {
         process_metrics::note_start();
+        let mut registry = Registry::default();
+        let requests = Arc::<RequestCounts>::default();
+        registry.register_collector(Box::new(requests.clone()));
+
+        // Those without a count too: a series that appears with its first count hides that one from
+        // rates. The library puts the full stop behind the help of what is registered by itself.
+        let problems = Family::<[(&'static str, &'static str); 1], Counter>::default();
+        registry.register(
+            counter_stem("quorate_http_problems_total"),
+            "Requests that were refused or failed, by the code that they were told. The fixed \
+            dialects have no codes",
+            problems.clone(),
+        );
+        let in_flight = Gauge::default();
+        registry.register(
+            "quorate_http_requests_in_flight",
+            "Requests being worked on",
+            in_flight.clone(),
+        );
+
+        let own: [Box<dyn Collector>; 2] = [Box::new(rooms), Box::new(ProcessMetrics)];
+        for collector in own.into_iter().chain(collectors) {
+            registry.register_collector(collector);
+        }
         Self {
-            series: Default::default(),
-            problems: Default::default(),
-            in_flight: AtomicI64::new(0),
-            sources,
+            registry,
+            requests,
+            problems: Code::ALL
+                .map(|code| problems.get_or_create_owned(&[("code", code.as_str())])),
+            in_flight,
         }
     }
 
@@ -93,7 +240,7 @@ impl Metrics {
         method: &Method,
         slow: Duration,
     ) -> RequestTimer<'_> {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.in_flight.inc();
         let is_read = matches!(*method, Method::GET | Method::HEAD);
         let method = method_index(method);
         RequestTimer {
@@ -112,152 +259,9 @@ impl Metrics {
     }
 
     /// Returns the text of `/metrics`.
-    pub fn render(&self, bodies: &Budget, answers: &Budget, changes: &ChangeWaiters) -> String {
-        let mut text = Exposition::default();
-        text.family(
-            "quorate_http_requests_total",
-            MetricKind::Counter,
-            "Requests answered, by dialect, method and class of status.",
-        );
-        self.each(|dialect, method, series| {
-            for (class, count) in CLASSES.iter().zip(&series.classes) {
-                let count = count.load(Ordering::Relaxed);
-
-                // Most pairs of dialect, method and class never occur, and each series costs its
-                // readers.
-                if count > 0 {
-                    text.sample(
-                        &[("dialect", dialect), ("method", method), ("status", class)],
-                        count,
-                    );
-                }
-            }
-        });
-        text.family(
-            "quorate_http_request_duration_seconds",
-            MetricKind::Histogram,
-            "Time from a request's head to its answer, by dialect and method.",
-        );
-        self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
-        text.family(
-            "quorate_http_request_seconds",
-            MetricKind::Histogram,
-            "Deprecated, and to go after the next release: see \
-            quorate_http_request_duration_seconds.",
-        );
-        self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
-        text.family(
-            "quorate_http_problems_total",
-            MetricKind::Counter,
-            "Requests that were refused or failed, by the code that they were told. The fixed \
-            dialects have no codes.",
-        );
-        for (code, count) in Code::ALL.iter().zip(&self.problems) {
-            text.sample(&[("code", code.as_str())], count.load(Ordering::Relaxed));
-        }
-        text.family(
-            "quorate_http_requests_in_flight",
-            MetricKind::Gauge,
-            "Requests being worked on.",
-        );
-        text.sample(&[], self.in_flight.load(Ordering::Relaxed));
-        text.family(
-            "quorate_http_body_bytes_in_flight",
-            MetricKind::Gauge,
-            "Bytes of request bodies being worked on.",
-        );
-        text.sample(&[], bodies.used());
-        text.family(
-            "quorate_http_body_refusals_total",
-            MetricKind::Counter,
-            "Bodies that were refused for want of room.",
-        );
-        text.sample(&[], bodies.refused());
-        text.family(
-            "quorate_answer_bytes_in_flight",
-            MetricKind::Gauge,
-            "Bytes of values and answers that are charged now.",
-        );
-        text.sample(&[], answers.used());
-        text.family(
-            "quorate_answer_bytes_max",
-            MetricKind::Gauge,
-            "Bytes that values and answers may have together.",
-        );
-        text.sample(&[], answers.bytes_max());
-        text.family(
-            "quorate_answer_refusals_total",
-            MetricKind::Counter,
-            "Times that there was no room for a value or an answer.",
-        );
-        text.sample(&[], answers.refused());
-        text.family(
-            "quorate_change_waiters",
-            MetricKind::Gauge,
-            "Clients that wait for the end of a change of the view.",
-        );
-        text.sample(&[], changes.waiting());
-        text.family(
-            "quorate_change_waiters_refused_total",
-            MetricKind::Counter,
-            "Clients for which there was no place to wait.",
-        );
-        text.sample(&[], changes.refused());
-        process_metrics::collect(&mut text);
-        for source in &self.sources {
-            source.collect(&mut text);
-        }
-        text.into_text()
+    pub fn page(&self) -> String {
+        page(&self.registry)
     }
-
-    fn each(&self, mut visit: impl FnMut(&'static str, &'static str, &RequestSeries)) {
-        for (dialect, methods) in Dialect::ALL.iter().zip(&self.series) {
-            for (method, series) in METHODS.iter().zip(methods) {
-                visit(dialect.label(), method, series);
-            }
-        }
-    }
-}
-
-impl fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metrics")
-            .field("sources", &self.sources.len())
-            .finish_non_exhaustive()
-    }
-}
-
-fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &RequestSeries) {
-    let counts: Vec<u64> = series
-        .buckets
-        .iter()
-        .map(|count| count.load(Ordering::Relaxed))
-        .collect();
-
-    // Of the counts that were read, not of a counter beside them: requests end while this is read,
-    // and the last bucket must equal the count.
-    let total: u64 = counts.iter().sum();
-    if total == 0 {
-        return;
-    }
-    let mut below = 0;
-    for (bound, count) in BUCKETS_US.iter().zip(&counts) {
-        below += count;
-        let bound = (*bound as f64 / 1e6).to_string();
-        text.part(
-            "_bucket",
-            &[("dialect", dialect), ("method", method), ("le", &bound)],
-            below,
-        );
-    }
-    text.part(
-        "_bucket",
-        &[("dialect", dialect), ("method", method), ("le", "+Inf")],
-        total,
-    );
-    let sum = series.total_us.load(Ordering::Relaxed) as f64 / 1e6;
-    text.part("_sum", &[("dialect", dialect), ("method", method)], sum);
-    text.part("_count", &[("dialect", dialect), ("method", method)], total);
 }
 
 /// Limits the log of slow requests, of which a client can make any number: one a minute for each
@@ -290,7 +294,7 @@ impl<'a> RequestTimer<'a> {
     }
 
     /// Names who asks in the log.
-    pub fn from_client(mut self, client: Option<SocketAddr>) -> Self {
+    pub fn with_client(mut self, client: Option<SocketAddr>) -> Self {
         self.client = client;
         self
     }
@@ -380,10 +384,10 @@ impl RequestTimer<'_> {
 impl Drop for RequestTimer<'_> {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
-        self.metrics.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.metrics.series[self.dialect as usize][self.method].record(self.class, elapsed);
+        self.metrics.in_flight.dec();
+        self.metrics.requests.0[self.dialect as usize][self.method].record(self.class, elapsed);
         if let Some(problem) = self.problem {
-            self.metrics.problems[problem].fetch_add(1, Ordering::Relaxed);
+            self.metrics.problems[problem].inc();
         }
         let (dialect, method, status) = (
             self.dialect.label(),
@@ -429,18 +433,24 @@ mod tests {
     use super::*;
     use quorate_sim::exposition::check;
 
+    #[derive(Debug)]
     struct Odd;
 
-    impl MetricSource for Odd {
-        fn collect(&self, text: &mut Exposition) {
-            text.family("odd", MetricKind::Gauge, "Line one\nline two");
-            text.sample(&[("name", "a \"b\"\\\n")], 1.5);
+    impl Collector for Odd {
+        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+            let labels = [("name", "a \"b\"\\\n")];
+            encoder.gauges("odd", "Line one\nline two", [(labels, 1.5)])
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn requests_are_counted_and_timed() {
-        let metrics = Metrics::new(vec![Arc::new(Odd)]);
+        let rooms = RoomMetrics {
+            bodies: Budget::new(1),
+            answers: Budget::new(1),
+            changes: Arc::new(ChangeWaiters::new(1)),
+        };
+        let metrics = Metrics::new(rooms, vec![Box::new(Odd)]);
         let slow = Duration::from_secs(1);
         let timer = metrics.start_timer(Dialect::Native, &Method::PUT, slow);
         tokio::time::advance(Duration::from_millis(3)).await;
@@ -452,7 +462,7 @@ mod tests {
         metrics
             .start_timer(Dialect::Native, &Method::DELETE, slow)
             .finish(refused);
-        let text = metrics.render(&Budget::new(1), &Budget::new(1), &ChangeWaiters::new(1));
+        let text = metrics.page();
         for line in [
             "# TYPE quorate_http_requests_total counter",
             r#"quorate_http_requests_total{dialect="native",method="PUT",status="2xx"} 1"#,

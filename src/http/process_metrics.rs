@@ -3,12 +3,13 @@
 //!
 //! Of Linux's `/proc`; what that does not tell is left out.
 
+use std::fmt;
 use std::fs;
 use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::prometheus::{Exposition, MetricKind};
 use crate::descriptors;
+use crate::metrics::{Collector, DescriptorEncoder, EncodeFamilies};
 use crate::sm::level::LEVEL;
 
 /// The kernel's unit of CPU time towards programs, on any machine (`USER_HZ`).
@@ -55,87 +56,98 @@ impl ProcessStatus {
     }
 }
 
-/// Writes the families of the process and its runtime.
-pub fn collect(text: &mut Exposition) {
-    text.family(
-        "quorate_build_info",
-        MetricKind::Gauge,
-        "1; what runs is told by the labels.",
-    );
-    let level = LEVEL.to_string();
-    text.sample(
-        &[
-            ("version", env!("CARGO_PKG_VERSION")),
-            ("level_max", &level),
-        ],
-        1,
-    );
+/// Reads the process and its runtime at each scrape.
+#[derive(Debug)]
+pub struct ProcessMetrics;
 
-    // A value that the machine does not tell is left out: a 0 would look like a measurement.
-    let mut gauge = |name: &str, help: &str, value: Option<f64>| {
-        let Some(value) = value else { return };
-        text.family(name, MetricKind::Gauge, help);
-        text.sample(&[], value);
-    };
-    let started = STARTED_AT
-        .duration_since(UNIX_EPOCH)
-        .ok()
-        .map(|since| since.as_secs_f64());
-    gauge(
-        "process_start_time_seconds",
-        "When the program began, since the epoch; later if it started itself again.",
-        started,
-    );
+impl Collector for ProcessMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let build = [
+            ("version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("level_max", LEVEL.to_string()),
+        ];
+        encoder.gauges(
+            "quorate_build_info",
+            "1; what runs is told by the labels.",
+            [(build, 1_u64)],
+        )?;
+
+        // A value that the machine does not tell is left out: a 0 would look like a measurement.
+        if let Ok(since) = STARTED_AT.duration_since(UNIX_EPOCH) {
+            encoder.gauge(
+                "process_start_time_seconds",
+                "When the program began, since the epoch; later if it started itself again.",
+                since.as_secs_f64(),
+            )?;
+        }
+        of_memory(&mut encoder)?;
+        if let Some(count) = descriptors::in_use() {
+            encoder.gauge(
+                "process_open_fds",
+                "Descriptors that the process has.",
+                count,
+            )?;
+        }
+        encoder.gauge(
+            "process_max_fds",
+            "Descriptors that the process may have.",
+            descriptors::limit(),
+        )?;
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            of_runtime(&mut encoder, &runtime)?;
+        }
+
+        let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+        match cpu_ticks(&stat) {
+            Some(ticks) => encoder.counter(
+                "process_cpu_seconds_total",
+                "Time that the process has had a processor.",
+                ticks as f64 / TICKS_PER_S,
+            ),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Writes the memory and the threads of the process.
+fn of_memory(encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let status = ProcessStatus::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default());
-    let number = |count: Option<u64>| count.map(|count| count as f64);
-    gauge(
-        "process_resident_memory_bytes",
-        "Memory that the process has resident.",
-        number(status.resident_bytes),
-    );
-    gauge(
-        "process_virtual_memory_bytes",
-        "Address space of the process.",
-        number(status.virtual_bytes),
-    );
-    gauge(
-        "process_open_fds",
-        "Descriptors that the process has.",
-        descriptors::in_use().map(|count| count as f64),
-    );
-    gauge(
-        "process_max_fds",
-        "Descriptors that the process may have.",
-        Some(descriptors::limit() as f64),
-    );
-    gauge(
-        "quorate_threads",
-        "Threads of the process.",
-        number(status.threads),
-    );
-    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-        let runtime = runtime.metrics();
-        gauge(
-            "quorate_runtime_tasks",
-            "Tasks that have not ended.",
-            Some(runtime.num_alive_tasks() as f64),
-        );
-        let queued = runtime.global_queue_depth() as f64;
-        gauge(
-            "quorate_runtime_queued_tasks",
-            "Tasks that are ready and that no thread has taken yet.",
-            Some(queued),
-        );
+    let values = [
+        (
+            "process_resident_memory_bytes",
+            "Memory that the process has resident.",
+            status.resident_bytes,
+        ),
+        (
+            "process_virtual_memory_bytes",
+            "Address space of the process.",
+            status.virtual_bytes,
+        ),
+        ("quorate_threads", "Threads of the process.", status.threads),
+    ];
+    for (name, help, value) in values {
+        if let Some(value) = value {
+            encoder.gauge(name, help, value)?;
+        }
     }
+    Ok(())
+}
 
-    if let Some(ticks) = cpu_ticks(&fs::read_to_string("/proc/self/stat").unwrap_or_default()) {
-        text.family(
-            "process_cpu_seconds_total",
-            MetricKind::Counter,
-            "Time that the process has had a processor.",
-        );
-        text.sample(&[], ticks as f64 / TICKS_PER_S);
-    }
+fn of_runtime(
+    encoder: &mut DescriptorEncoder<'_>,
+    runtime: &tokio::runtime::Handle,
+) -> fmt::Result {
+    let runtime = runtime.metrics();
+    encoder.gauge(
+        "quorate_runtime_tasks",
+        "Tasks that have not ended.",
+        runtime.num_alive_tasks(),
+    )?;
+    encoder.gauge(
+        "quorate_runtime_queued_tasks",
+        "Tasks that are ready and that no thread has taken yet.",
+        runtime.global_queue_depth(),
+    )
 }
 
 /// Reads the time of `/proc/self/stat` that was spent in the program and for it in the kernel, the

@@ -8,12 +8,13 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::context::NodeContext;
-use super::metric_family::{Family, FamilyKind, Sample, family, one};
+use crate::metrics::{DescriptorEncoder, EncodeFamilies, Labels};
 use crate::raft::{GroupMembership, Replica, Role, WitnessReplica};
 use crate::sm::cluster::view::View;
 use crate::types::{GroupId, NodeId};
@@ -50,8 +51,8 @@ struct Silence {
     silent: Duration,
 }
 
-/// Returns everything of the groups and peers of this node.
-pub fn families(context: &NodeContext) -> Vec<Family> {
+/// Writes everything of the groups and peers of this node.
+pub fn encode(encoder: &mut DescriptorEncoder<'_>, context: &NodeContext) -> fmt::Result {
     let groups = context.registry.groups();
     let witnesses = context.registry.witnesses();
     let facts: Vec<NodeFacts> = groups
@@ -69,26 +70,24 @@ pub fn families(context: &NodeContext) -> Vec<Family> {
             let is_open = |facts: &NodeFacts| facts.group == *group;
             !facts.iter().any(is_open)
         });
-    let mut all = of_facts(&facts, &not_open.collect(), &context.differences());
+    let not_open = not_open.collect();
+    of_facts(encoder, &facts, &not_open, &context.differences())?;
 
     let elections = context.registry.elections();
-    all.push(one(
+    encoder.counter(
         "quorate_elections_total",
-        FamilyKind::Counter,
         "Times that a replica here asked the others for their votes.",
-        elections.campaigns() as f64,
-    ));
-    all.push(one(
+        elections.campaigns(),
+    )?;
+    encoder.counter(
         "quorate_leader_changes_total",
-        FamilyKind::Counter,
         "Times that a replica here saw another leader of its group than before; hand-overs are \
         among them.",
-        elections.leader_changes() as f64,
-    ));
+        elections.leader_changes(),
+    )?;
     let view = context.view();
-    all.push(of_silences(silences(context, &facts, &view)));
-    all.extend(of_view(&view));
-    all
+    of_silences(encoder, silences(context, &facts, &view))?;
+    of_view(encoder, &view)
 }
 
 fn of_group(group: &Replica) -> NodeFacts {
@@ -145,17 +144,12 @@ fn nodes_of(membership: &GroupMembership) -> BTreeSet<NodeId> {
         .collect()
 }
 
-fn sample(labels: Vec<(&'static str, String)>, value: u64) -> Sample {
-    Sample {
-        suffix: "",
-        labels,
-        value: value as f64,
-    }
-}
+/// A sample of one group.
+type GroupSample = (Labels<1>, u64);
 
 /// Returns a series for each of these groups: at most [`SERIES_MAX`], those with the largest values
 /// where there are more.
-fn largest(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
+fn largest(mut values: Vec<(GroupId, u64)>) -> Vec<GroupSample> {
     if values.len() > SERIES_MAX {
         values.sort_by_key(|(group, value)| (Reverse(*value), *group));
         values.truncate(SERIES_MAX);
@@ -163,168 +157,168 @@ fn largest(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
     }
     values
         .into_iter()
-        .map(|(group, value)| sample(vec![("group", group.0.to_string())], value))
+        .map(|(group, value)| ([("group", group.0.to_string())], value))
         .collect()
 }
 
 /// Returns a series for each of these groups: at most [`SERIES_MAX`], those with the lowest numbers
 /// where there are more.
-fn first(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
+fn first(mut values: Vec<(GroupId, u64)>) -> Vec<GroupSample> {
     values.sort();
     values.truncate(SERIES_MAX);
     largest(values)
 }
 
-/// Returns what is counted of the groups. Of those in `not_open` no replica runs here, though one
+/// Writes what is counted of the groups. Of those in `not_open` no replica runs here, though one
 /// should.
 fn of_facts(
+    encoder: &mut DescriptorEncoder<'_>,
     facts: &[NodeFacts],
     not_open: &BTreeSet<GroupId>,
     differences: &BTreeMap<GroupId, u64>,
-) -> Vec<Family> {
-    use FamilyKind::{Counter, Gauge};
-
-    // A witness applies nothing: its zeros would look like a replica that is far behind.
-    let maps = || facts.iter().filter(|facts| facts.witness_bytes.is_none());
-    let each = |value: fn(&NodeFacts) -> u64| {
-        maps()
-            .map(|facts| (facts.group, value(facts)))
-            .collect::<Vec<_>>()
-    };
-    let all = |value: fn(&NodeFacts) -> u64| {
-        facts
-            .iter()
-            .map(|facts| (facts.group, value(facts)))
-            .collect::<Vec<_>>()
-    };
-    let sum = |value: fn(&NodeFacts) -> u64| facts.iter().map(value).sum::<u64>() as f64;
-    let max = |value: fn(&NodeFacts) -> u64| facts.iter().map(value).max().unwrap_or(0) as f64;
-    let failed = all(|facts| u64::from(facts.has_failed))
-        .into_iter()
-        .chain(not_open.iter().map(|group| (*group, 1)));
-    let witness_bytes = facts
-        .iter()
-        .filter_map(|facts| Some((facts.group, facts.witness_bytes?)))
-        .collect();
-    vec![
-        family(
-            "quorate_groups",
-            Gauge,
-            "Replicas here, witnesses among them, by what they are in their group.",
-            by_role(facts),
-        ),
-        one(
-            "quorate_groups_leaderless",
-            Gauge,
-            "Replicas here that know of no leader of their group.",
-            sum(|facts| u64::from(facts.leader.is_none())),
-        ),
-        one(
-            "quorate_groups_read_only",
-            Gauge,
-            "Shards with a replica here that take no writes: see quorate_group_read_only.",
-            sum(|facts| u64::from(facts.is_read_only)),
-        ),
-        one(
-            "quorate_writes_queued",
-            Gauge,
-            "Writes that wait to be proposed here.",
-            sum(|facts| facts.queued_writes),
-        ),
-        one(
-            "quorate_writes_queued_max",
-            Gauge,
-            "Of these, those of the shard with the most. At 8192 more are refused.",
-            max(|facts| facts.queued_writes),
-        ),
-        one(
-            "quorate_reads_queued",
-            Gauge,
-            "Reads that wait for a quorum here.",
-            sum(|facts| facts.queued_reads),
-        ),
-        one(
-            "quorate_unapplied_entries",
-            Gauge,
-            "Committed entries to be applied here.",
-            sum(|facts| facts.unapplied),
-        ),
-        one(
-            "quorate_unapplied_entries_max",
-            Gauge,
-            "Of these, those of the replica with the most.",
-            max(|facts| facts.unapplied),
-        ),
-        family(
-            "quorate_witness_log_bytes",
-            Gauge,
-            "Bytes of log that the group's witness here keeps for replicas that may lack them. The \
-            100 largest.",
-            largest(witness_bytes),
-        ),
-        family(
-            "quorate_group_leads",
-            Gauge,
-            "1 where this node leads the group. Of the first 100 groups here; for all: \
-            quorate_groups.",
-            first(each(|facts| u64::from(facts.role == Role::Leader))),
-        ),
-        family(
-            "quorate_group_term",
-            Gauge,
-            "The group's term. Of the first 100 groups here.",
-            first(each(|facts| facts.term)),
-        ),
-        family(
-            "quorate_group_applied_index",
-            Gauge,
-            "Index of the last entry applied here. Of the first 100 groups here.",
-            first(each(|facts| facts.applied)),
-        ),
-        family(
-            "quorate_group_purged_index",
-            Gauge,
-            "Index of the last entry that is no longer in the log here. Of the first 100 groups \
-            here.",
-            first(each(|facts| facts.purged)),
-        ),
-        family(
-            "quorate_group_read_only",
-            Gauge,
-            "1 where the replicas of a shard hosted here differ without a majority of one mind: \
-             nothing is written to it. Of 100 groups, such first.",
-            largest(each(|facts| u64::from(facts.is_read_only))),
-        ),
-        family(
-            "quorate_group_rebuilt_total",
-            Counter,
-            "How often the map of the replica here differed from a majority and was rebuilt, since \
-            the start. Of 100 groups, such first.",
-            largest(each(|facts| facts.rebuilt)),
-        ),
-        family(
-            "quorate_replicas_differ_total",
-            Counter,
-            "How often replicas of a shard that this node led were found to differ, since the \
-            start. Of 100 groups at most.",
-            largest(
-                differences
-                    .iter()
-                    .map(|(group, count)| (*group, *count))
-                    .collect(),
-            ),
-        ),
-        family(
-            "quorate_group_failed",
-            Gauge,
-            "1 where the replica on this node could not be opened, or has stopped by itself. Of \
-            100 groups, such first.",
-            largest(failed.collect()),
-        ),
-    ]
+) -> fmt::Result {
+    of_all_groups(encoder, facts)?;
+    of_queues(encoder, facts)?;
+    of_each_group(encoder, facts)?;
+    of_trouble(encoder, facts, not_open, differences)
 }
 
-fn by_role(facts: &[NodeFacts]) -> Vec<Sample> {
+/// Writes how many of the groups are how.
+fn of_all_groups(encoder: &mut DescriptorEncoder<'_>, facts: &[NodeFacts]) -> fmt::Result {
+    let count = |is_so: fn(&NodeFacts) -> bool| facts.iter().filter(|facts| is_so(facts)).count();
+    encoder.gauges(
+        "quorate_groups",
+        "Replicas here, witnesses among them, by what they are in their group.",
+        by_role(facts),
+    )?;
+    encoder.gauge(
+        "quorate_groups_leaderless",
+        "Replicas here that know of no leader of their group.",
+        count(|facts| facts.leader.is_none()),
+    )?;
+    encoder.gauge(
+        "quorate_groups_read_only",
+        "Shards with a replica here that take no writes: see quorate_group_read_only.",
+        count(|facts| facts.is_read_only),
+    )
+}
+
+/// Writes what waits in all groups together, and in the one with the most.
+fn of_queues(encoder: &mut DescriptorEncoder<'_>, facts: &[NodeFacts]) -> fmt::Result {
+    let sum = |value: fn(&NodeFacts) -> u64| facts.iter().map(value).sum::<u64>();
+    let max = |value: fn(&NodeFacts) -> u64| facts.iter().map(value).max().unwrap_or(0);
+    encoder.gauge(
+        "quorate_writes_queued",
+        "Writes that wait to be proposed here.",
+        sum(|facts| facts.queued_writes),
+    )?;
+    encoder.gauge(
+        "quorate_writes_queued_max",
+        "Of these, those of the shard with the most. At 8192 more are refused.",
+        max(|facts| facts.queued_writes),
+    )?;
+    encoder.gauge(
+        "quorate_reads_queued",
+        "Reads that wait for a quorum here.",
+        sum(|facts| facts.queued_reads),
+    )?;
+    encoder.gauge(
+        "quorate_unapplied_entries",
+        "Committed entries to be applied here.",
+        sum(|facts| facts.unapplied),
+    )?;
+    encoder.gauge(
+        "quorate_unapplied_entries_max",
+        "Of these, those of the replica with the most.",
+        max(|facts| facts.unapplied),
+    )
+}
+
+/// Returns a value of each replica that has a map. A witness applies nothing: its zeros would look
+/// like a replica that is far behind.
+fn of_maps(facts: &[NodeFacts], value: fn(&NodeFacts) -> u64) -> Vec<(GroupId, u64)> {
+    facts
+        .iter()
+        .filter(|facts| facts.witness_bytes.is_none())
+        .map(|facts| (facts.group, value(facts)))
+        .collect()
+}
+
+/// Writes how far single groups are.
+fn of_each_group(encoder: &mut DescriptorEncoder<'_>, facts: &[NodeFacts]) -> fmt::Result {
+    let witness_bytes = facts
+        .iter()
+        .filter_map(|facts| Some((facts.group, facts.witness_bytes?)));
+    encoder.gauges(
+        "quorate_witness_log_bytes",
+        "Bytes of log that the group's witness here keeps for replicas that may lack them. The 100 \
+        largest.",
+        largest(witness_bytes.collect()),
+    )?;
+    encoder.gauges(
+        "quorate_group_leads",
+        "1 where this node leads the group. Of the first 100 groups here; for all: quorate_groups.",
+        first(of_maps(facts, |facts| {
+            u64::from(facts.role == Role::Leader)
+        })),
+    )?;
+    encoder.gauges(
+        "quorate_group_term",
+        "The group's term. Of the first 100 groups here.",
+        first(of_maps(facts, |facts| facts.term)),
+    )?;
+    encoder.gauges(
+        "quorate_group_applied_index",
+        "Index of the last entry applied here. Of the first 100 groups here.",
+        first(of_maps(facts, |facts| facts.applied)),
+    )?;
+    encoder.gauges(
+        "quorate_group_purged_index",
+        "Index of the last entry that is no longer in the log here. Of the first 100 groups here.",
+        first(of_maps(facts, |facts| facts.purged)),
+    )
+}
+
+/// Writes what an operator is woken for, of those groups first that are in trouble.
+fn of_trouble(
+    encoder: &mut DescriptorEncoder<'_>,
+    facts: &[NodeFacts],
+    not_open: &BTreeSet<GroupId>,
+    differences: &BTreeMap<GroupId, u64>,
+) -> fmt::Result {
+    encoder.gauges(
+        "quorate_group_read_only",
+        "1 where the replicas of a shard hosted here differ without a majority of one mind: \
+        nothing is written to it. Of 100 groups, such first.",
+        largest(of_maps(facts, |facts| u64::from(facts.is_read_only))),
+    )?;
+    encoder.counters(
+        "quorate_group_rebuilt_total",
+        "How often the map of the replica here differed from a majority and was rebuilt, since the \
+        start. Of 100 groups, such first.",
+        largest(of_maps(facts, |facts| facts.rebuilt)),
+    )?;
+    let differences = differences.iter().map(|(group, count)| (*group, *count));
+    encoder.counters(
+        "quorate_replicas_differ_total",
+        "How often replicas of a shard that this node led were found to differ, since the start. \
+        Of 100 groups at most.",
+        largest(differences.collect()),
+    )?;
+
+    let failed = facts
+        .iter()
+        .map(|facts| (facts.group, u64::from(facts.has_failed)))
+        .chain(not_open.iter().map(|group| (*group, 1)));
+    encoder.gauges(
+        "quorate_group_failed",
+        "1 where the replica on this node could not be opened, or has stopped by itself. Of 100 \
+        groups, such first.",
+        largest(failed.collect()),
+    )
+}
+
+fn by_role(facts: &[NodeFacts]) -> [(Labels<1>, usize); 5] {
     let roles = [
         ("leader", Role::Leader),
         ("follower", Role::Follower),
@@ -332,11 +326,10 @@ fn by_role(facts: &[NodeFacts]) -> Vec<Sample> {
         ("learner", Role::Learner),
         ("stopped", Role::Stopped),
     ];
-    let count = |role: Role| facts.iter().filter(|facts| facts.role == role).count() as u64;
-    roles
-        .into_iter()
-        .map(|(name, role)| sample(vec![("role", name.to_owned())], count(role)))
-        .collect()
+    roles.map(|(name, role)| {
+        let count = facts.iter().filter(|facts| facts.role == role).count();
+        ([("role", name.to_owned())], count)
+    })
 }
 
 /// Returns the peers that should be heard of all the time: members of groups that are led here
@@ -379,7 +372,7 @@ fn silences(context: &NodeContext, facts: &[NodeFacts], view: &View) -> Vec<Sile
         .collect()
 }
 
-fn of_silences(mut silences: Vec<Silence>) -> Family {
+fn of_silences(encoder: &mut DescriptorEncoder<'_>, mut silences: Vec<Silence>) -> fmt::Result {
     silences.sort_by_key(|silence| (Reverse(silence.silent), silence.node));
     silences.truncate(SERIES_MAX);
     let samples = silences.into_iter().map(
@@ -387,61 +380,50 @@ fn of_silences(mut silences: Vec<Silence>) -> Family {
              node,
              address,
              silent,
-         }| Sample {
-            suffix: "",
-            labels: vec![("node", node.to_string()), ("address", address)],
-            value: silent.as_secs_f64(),
+         }| {
+            let labels: Labels<2> = [("node", node.to_string()), ("address", address)];
+            (labels, silent.as_secs_f64())
         },
     );
-    family(
+    encoder.gauges(
         "quorate_peer_silence_seconds",
-        FamilyKind::Gauge,
         "Time since a node was last heard of that leads a group here or has a replica of one led \
         here. The 100 most silent.",
-        samples.collect(),
+        samples,
     )
 }
 
-/// Returns what was asked of the cluster, and whether it is so.
-fn of_view(view: &View) -> Vec<Family> {
-    use FamilyKind::Gauge;
-    vec![
-        one(
-            "quorate_view_epoch",
-            Gauge,
-            "The last plan, as this node knows it.",
-            view.epoch.0 as f64,
-        ),
-        one(
-            "quorate_view_nodes",
-            Gauge,
-            "Nodes of the view.",
-            view.nodes.len() as f64,
-        ),
-        one(
-            "quorate_view_shards",
-            Gauge,
-            "Shards of the view.",
-            view.shards().count() as f64,
-        ),
-        one(
-            "quorate_view_settled",
-            Gauge,
-            "1 where everything is as the last plan says.",
-            f64::from(view.is_settled()),
-        ),
-        one(
-            "quorate_view_slots_astray",
-            Gauge,
-            "Slots that are to move.",
-            view.misplaced_slots().count() as f64,
-        ),
-    ]
+/// Writes what was asked of the cluster, and whether it is so.
+fn of_view(encoder: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
+    encoder.gauge(
+        "quorate_view_epoch",
+        "The last plan, as this node knows it.",
+        view.epoch.0,
+    )?;
+    encoder.gauge("quorate_view_nodes", "Nodes of the view.", view.nodes.len())?;
+    encoder.gauge(
+        "quorate_view_shards",
+        "Shards of the view.",
+        view.shards().count(),
+    )?;
+    encoder.gauge(
+        "quorate_view_settled",
+        "1 where everything is as the last plan says.",
+        u64::from(view.is_settled()),
+    )?;
+    encoder.gauge(
+        "quorate_view_slots_astray",
+        "Slots that are to move.",
+        view.misplaced_slots().count(),
+    )
 }
 
 #[cfg(test)]
 mod tests {
+    use quorate_sim::exposition::{Family, Sample};
+
     use super::*;
+    use crate::metrics::written;
 
     fn facts(group: u64) -> NodeFacts {
         NodeFacts {
@@ -482,14 +464,15 @@ mod tests {
         let series = |groups: u64| {
             let facts: Vec<NodeFacts> = (0..groups).map(facts).collect();
             let differences = facts.iter().map(|facts| (facts.group, 1)).collect();
-            let mut families = of_facts(&facts, &[GroupId(1_000_000)].into(), &differences);
             let silence = |node| Silence {
                 node: NodeId(node),
                 address: format!("n{node}:1"),
                 silent: Duration::from_secs(node),
             };
-            families.push(of_silences((1..=groups).map(silence).collect()));
-            families
+            written(move |encoder| {
+                of_facts(encoder, &facts, &[GroupId(1_000_000)].into(), &differences)?;
+                of_silences(encoder, (1..=groups).map(silence).collect())
+            })
         };
         let count = |families: &[Family]| {
             families

@@ -25,7 +25,6 @@ mod local_reads;
 pub mod local_shards;
 mod locator;
 mod map_directory;
-mod metric_family;
 mod metrics;
 mod move_counters;
 mod move_destination;
@@ -39,6 +38,7 @@ mod running_node;
 mod unreadable;
 mod views;
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -62,6 +62,7 @@ use crate::blocking;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::remote::RemoteStore;
 use crate::config::NodeConfig;
+use crate::metrics::{Collector, DescriptorEncoder, EncodeFamilies};
 use crate::raft::transport::lanes::DirectoryRejection;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
@@ -79,7 +80,6 @@ use controllers::reconciler::ReadinessGap;
 pub use error::{NodeError, StartError};
 pub use join::JoinError;
 use join::Joining;
-pub use metric_family::{Family, FamilyKind};
 use platform::{Platform, RealPlatform};
 use running_node::RunningNode;
 
@@ -542,14 +542,6 @@ impl Node {
             .map(|running| Arc::clone(running.registry()))
     }
 
-    /// Returns what this node counts, for the metrics page.
-    pub fn families(&self) -> Vec<Family> {
-        self.running
-            .get()
-            .map(|running| running.families())
-            .unwrap_or_default()
-    }
-
     fn unavailable(&self) -> Failure {
         Failure::Unavailable {
             reason: self.waiting_reason(),
@@ -586,6 +578,26 @@ impl Node {
             context,
             self.joining.platform().clone(),
         ))
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Node {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        encoder.gauge(
+            "quorate_ready",
+            "1 where /readyz is 200.",
+            u64::from(self.ready().is_ok()),
+        )?;
+        match self.running.get() {
+            Some(running) => running.encode_metrics(&mut encoder),
+            None => Ok(()),
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //! was a member: a replica whose log was lost has forgotten its votes. The meta replica is marked
 //! in the log before the stamp calls the node a member.
 
+use std::fmt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -37,7 +38,6 @@ use super::join::{Joined, Joining};
 use super::leftovers;
 use super::local_shards::LocalShards;
 use super::map_directory::{MAPS_DIR, are_maps_condemned};
-use super::metric_family::Family;
 use super::metrics;
 use super::views::Views;
 use crate::api::peer::Announcement;
@@ -45,6 +45,7 @@ use crate::api::store::Failure;
 use crate::blocking;
 use crate::budget::Budget;
 use crate::config::NodeConfig;
+use crate::metrics::DescriptorEncoder;
 use crate::raft::Replica;
 use crate::raft::transport::NodeIdentity;
 use crate::raft::{LeaseReads, RaftTimings};
@@ -282,8 +283,10 @@ impl RunningNode {
             .or_else(|| self.reconciler.unready())
     }
 
-    pub fn families(&self) -> Vec<Family> {
-        metrics::families(
+    /// Writes what is counted here.
+    pub fn encode_metrics(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        metrics::encode(
+            encoder,
             &self.context,
             &self.storage.log,
             &self.storage.states,

@@ -18,6 +18,7 @@ use super::machine::End;
 use quorate::api::protocol::{ClusterStatus, ReplicaHealth};
 use quorate::api::store::Store;
 use quorate::client::remote::RemoteStore;
+use quorate::metrics::{Registry, page};
 use quorate::node::Node;
 use quorate::raft::ProposeError;
 use quorate::sm::cluster::view::PlacementSpec;
@@ -26,6 +27,7 @@ use quorate::sm::recovery::FailureCause;
 use quorate::storage::ReplicaKey;
 use quorate::storage::tree::Trees;
 use quorate::types::{Address, GroupId, NodeId, SLOTS};
+use quorate_sim::exposition::{Family, check};
 
 /// Three nodes, with a shard on each of them.
 struct Cluster {
@@ -147,9 +149,17 @@ fn health(status: &ClusterStatus, key: ReplicaKey) -> Option<ReplicaHealth> {
         .map(|replica| replica.health)
 }
 
+/// The metrics of the node, as its page tells them.
+fn families(node: &Arc<Node>) -> Vec<Family> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(node.clone()));
+    let text = page(&registry);
+    check(&text).unwrap_or_else(|error| panic!("{error} in\n{text}"))
+}
+
 /// The value of a metric of the node, all samples together.
-fn metric(node: &Node, name: &str) -> f64 {
-    let families = node.families();
+fn metric(node: &Arc<Node>, name: &str) -> f64 {
+    let families = families(node);
     let family = families
         .iter()
         .find(|family| family.name == name)
@@ -347,8 +357,8 @@ async fn a_node_whose_maps_take_no_more_writes_starts_again_by_itself() {
 }
 
 /// The value of a metric of the node, of one kind of what is scrubbed.
-fn scrubbed(node: &Node, name: &str, kind: &str) -> f64 {
-    let families = node.families();
+fn scrubbed(node: &Arc<Node>, name: &str, kind: &str) -> f64 {
+    let families = families(node);
     let family = families
         .iter()
         .find(|family| family.name == name)
@@ -384,7 +394,7 @@ async fn what_rots_on_a_disk_is_found_by_a_scrub_and_mended() {
             .unwrap_or_else(|error| {
                 panic!(
                     "{error}: {:?}",
-                    node.families()
+                    families(&node)
                         .iter()
                         .filter(|family| family.name.contains("scrub"))
                         .collect::<Vec<_>>()

@@ -1,9 +1,10 @@
 //! [`ServerStats`], the counters that a server keeps of its connections.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::descriptors;
-use crate::http::prometheus::{Exposition, MetricKind, MetricSource};
+use crate::metrics::{Collector, DescriptorEncoder, EncodeFamilies};
 
 /// The counters of a server.
 #[derive(Debug, Default)]
@@ -52,74 +53,57 @@ impl ServerStats {
     }
 }
 
-impl MetricSource for ServerStats {
-    fn collect(&self, text: &mut Exposition) {
-        let open = || {
-            [&self.clients, &self.peers, &self.overflow].map(|count| count.load(Ordering::Relaxed))
-        };
-        text.family(
+impl Collector for ServerStats {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        encoder.gauge(
             "quorate_http_connections",
-            MetricKind::Gauge,
             "Connections open.",
-        );
-        text.sample(&[], open().iter().sum::<u64>());
-        text.family(
+            now(&self.clients) + now(&self.peers) + now(&self.overflow),
+        )?;
+        encoder.gauge(
             "quorate_http_peer_connections",
-            MetricKind::Gauge,
             "Of these, connections of other nodes and of gateways.",
-        );
-        text.sample(&[], self.peers.load(Ordering::Relaxed));
+            now(&self.peers),
+        )?;
+        encoder.gauge(
+            "quorate_http_connections_max",
+            "Connections that clients can have.",
+            now(&self.clients_max),
+        )?;
+        encoder.counter(
+            "quorate_http_connections_accepted_total",
+            "Connections served.",
+            now(&self.accepted),
+        )?;
+        encoder.counter(
+            "quorate_http_connections_refused_total",
+            "Connections past the limit.",
+            now(&self.refused),
+        )?;
+        encoder.counter(
+            "quorate_http_connections_stalled_total",
+            "Connections ended because their client did not take its answers.",
+            now(&self.stalled),
+        )?;
+        encoder.counter(
+            "quorate_http_accept_errors_total",
+            "Failed accepts.",
+            now(&self.accept_errors),
+        )?;
 
-        let families = [
-            (
-                "quorate_http_connections_max",
-                MetricKind::Gauge,
-                "Connections that clients can have.",
-                &self.clients_max,
-            ),
-            (
-                "quorate_http_connections_accepted_total",
-                MetricKind::Counter,
-                "Connections served.",
-                &self.accepted,
-            ),
-            (
-                "quorate_http_connections_refused_total",
-                MetricKind::Counter,
-                "Connections past the limit.",
-                &self.refused,
-            ),
-            (
-                "quorate_http_connections_stalled_total",
-                MetricKind::Counter,
-                "Connections ended because their client did not take its answers.",
-                &self.stalled,
-            ),
-            (
-                "quorate_http_accept_errors_total",
-                MetricKind::Counter,
-                "Failed accepts.",
-                &self.accept_errors,
-            ),
-        ];
-        for (name, kind, help, value) in families {
-            text.family(name, kind, help);
-            text.sample(&[], value.load(Ordering::Relaxed));
-        }
-
-        text.family(
+        encoder.gauge(
             "quorate_open_files_max",
-            MetricKind::Gauge,
             "Descriptors that this process may have.",
-        );
-        text.sample(&[], descriptors::limit());
-        if let Some(count) = descriptors::in_use() {
-            text.family(
+            descriptors::limit(),
+        )?;
+        match descriptors::in_use() {
+            Some(count) => encoder.gauge(
                 "quorate_open_files",
-                MetricKind::Gauge,
                 "Descriptors that this process has.",
-            );
-            text.sample(&[], count);
+                count,
+            ),
+            None => Ok(()),
         }
     }
 }

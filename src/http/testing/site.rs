@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{Echo, FakeStore, PATIENCE, Switch};
-use crate::http::{App, Limits, Metrics, Server};
+use crate::http::{App, Limits, Server};
 
 /// A server over a [`FakeStore`].
 pub struct Site {
@@ -32,11 +32,10 @@ impl Site {
     pub async fn with(limits: Limits) -> Site {
         let server = Server::bind(&["127.0.0.1:0"]).await.expect("a free port");
         let (store, readiness) = (Arc::new(FakeStore::default()), Arc::new(Switch::default()));
-        let metrics = Arc::new(Metrics::new(vec![server.stats()]));
         let app = App::new(
             store.clone(),
             readiness.clone(),
-            metrics,
+            vec![Box::new(server.stats())],
             Some(Arc::new(Echo)),
             limits.clone(),
         );
