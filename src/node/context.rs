@@ -18,7 +18,7 @@ use super::full_disks::FullDisks;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
 use super::replica_failures::ReplicaFailures;
-use super::views::Views;
+use super::views::{Views, place_holder};
 use crate::api::peer::{Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest};
 use crate::api::protocol::{
     ClusterStatus, Hop, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
@@ -37,9 +37,7 @@ use crate::sm::kv;
 use crate::sm::level::Feature;
 use crate::storage::log::Vote;
 use crate::storage::map::ReadKind;
-use crate::types::{
-    Address, ClusterId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch, ReplicaId,
-};
+use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, PlanEpoch, ReplicaId};
 
 /// Time after which to try a meta leader again that was none.
 const META_RETRY_AFTER_MS: u64 = 500;
@@ -619,18 +617,6 @@ impl NodeContext {
             slots: view.slots.clone(),
         }
     }
-}
-
-/// Suffix of the host of a place holder. Nobody has such a name (RFC 2606).
-const PLACE_HOLDER_SUFFIX: &str = ".moving.invalid";
-
-/// Returns the address of a node that has moved and has yet to announce where to.
-fn place_holder(node: NodeId) -> Result<Address, ParseError> {
-    format!("{node}{PLACE_HOLDER_SUFFIX}:1").parse()
-}
-
-pub(super) fn is_place_holder(address: &Address) -> bool {
-    address.host().ends_with(PLACE_HOLDER_SUFFIX)
 }
 
 fn unavailable(reason: String) -> Failure {

@@ -11,11 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
-use super::context::is_place_holder;
 use crate::api::shard_map::ShardMap;
 use crate::raft::transport::{Peer, Resolver};
 use crate::sm::cluster::view::View;
-use crate::types::{Address, DirectoryId, NodeId, PlanEpoch};
+use crate::types::{Address, DirectoryId, NodeId, ParseError, PlanEpoch};
 
 /// Plans of which it is remembered how they ended.
 const ENDS_MAX: usize = 256;
@@ -171,6 +170,19 @@ impl Resolver for Views {
     fn level(&self) -> u16 {
         self.level.load(Ordering::Relaxed)
     }
+}
+
+/// Suffix of the host of a place holder. Nobody has such a name (RFC 2606).
+const PLACE_HOLDER_SUFFIX: &str = ".moving.invalid";
+
+/// Returns the address of a node that has moved and has yet to announce where to.
+pub fn place_holder(node: NodeId) -> Result<Address, ParseError> {
+    format!("{node}{PLACE_HOLDER_SUFFIX}:1").parse()
+}
+
+/// Returns true if nobody can be reached there: it stands for an address to come.
+fn is_place_holder(address: &Address) -> bool {
+    address.host().ends_with(PLACE_HOLDER_SUFFIX)
 }
 
 #[cfg(test)]
