@@ -34,14 +34,45 @@ const OVERFLOW_MAX: usize = 32;
 /// is full.
 const ALWAYS_ANSWERED: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 
+/// Connections past the limit that have yet to show whether they are peers'.
+#[derive(Debug, Default)]
+struct OverflowQueue {
+    /// Number of connections that have waited here.
+    came: u64,
+    /// In the order in which they came, each with its number and its eviction.
+    waiting: VecDeque<(u64, CancellationToken)>,
+}
+
+impl OverflowQueue {
+    /// Adds a connection, and evicts the oldest where too many wait then. Returns its number.
+    fn push(&mut self, eviction: CancellationToken) -> u64 {
+        let number = self.came;
+        self.came += 1;
+        self.waiting.push_back((number, eviction));
+
+        // A peer sends its request at once, so who has waited longest is likely no peer.
+        if self.waiting.len() > OVERFLOW_MAX
+            && let Some((_, first)) = self.waiting.pop_front()
+        {
+            first.cancel();
+        }
+        assert!(self.waiting.len() <= OVERFLOW_MAX);
+        number
+    }
+
+    /// Gives back the place of a connection, if it has one yet.
+    fn remove(&mut self, number: u64) {
+        self.waiting.retain(|(other, _)| *other != number);
+    }
+}
+
 /// Counts the connections of a server.
 #[derive(Debug)]
 pub struct Admission {
     stats: Arc<ServerStats>,
     clients_max: u64,
     peers_max: u64,
-    /// Connections past the limit, in the order in which they came, with their eviction.
-    overflow_queue: Mutex<VecDeque<CancellationToken>>,
+    overflow_queue: Mutex<OverflowQueue>,
 }
 
 impl Admission {
@@ -86,11 +117,7 @@ impl Admission {
             && ServerStats::take(&self.stats.clients, self.clients_max)
         {
             self.stats.accepted.fetch_add(1, Ordering::Relaxed);
-            return Some(AdmissionPermit::new(
-                self,
-                AdmissionClass::Client,
-                CancellationToken::new(),
-            ));
+            return Some(AdmissionPermit::new(self, AdmissionClass::Client, None));
         }
 
         // Past this, log and maps would lack descriptors, and a peer is worth less than those.
@@ -101,24 +128,14 @@ impl Admission {
 
         let eviction = CancellationToken::new();
         self.stats.overflow.fetch_add(1, Ordering::Relaxed);
-        let mut overflow_queue = self.overflow_queue.lock();
-
-        // Connections that have ended are still in the queue, and must not push out others.
-        overflow_queue.retain(|other| !other.is_cancelled());
-        overflow_queue.push_back(eviction.clone());
-        // The oldest goes: a peer sends its request at once, so who has waited longest is likely no
-        // peer.
-        if overflow_queue.len() > OVERFLOW_MAX
-            && let Some(first) = overflow_queue.pop_front()
-        {
-            first.cancel();
-        }
-        assert!(overflow_queue.len() <= OVERFLOW_MAX);
-        drop(overflow_queue);
+        let place = OverflowPlace {
+            number: self.overflow_queue.lock().push(eviction.clone()),
+            eviction,
+        };
         Some(AdmissionPermit::new(
             self,
             AdmissionClass::Overflow,
-            eviction,
+            Some(place),
         ))
     }
 
@@ -173,15 +190,27 @@ pub enum AdmissionDecision {
 pub struct AdmissionPermit {
     admission: Arc<Admission>,
     class: AtomicU8,
+    /// Of a connection that came past the limit.
+    overflow: Option<OverflowPlace>,
+}
+
+/// The place of a connection in the queue past the limit.
+#[derive(Debug)]
+struct OverflowPlace {
+    number: u64,
     eviction: CancellationToken,
 }
 
 impl AdmissionPermit {
-    fn new(admission: &Arc<Admission>, class: AdmissionClass, eviction: CancellationToken) -> Self {
+    fn new(
+        admission: &Arc<Admission>,
+        class: AdmissionClass,
+        overflow: Option<OverflowPlace>,
+    ) -> Self {
         Self {
             admission: Arc::clone(admission),
             class: AtomicU8::new(class as u8),
-            eviction,
+            overflow,
         }
     }
 
@@ -196,7 +225,17 @@ impl AdmissionPermit {
 
     /// Resolves when a connection past the limit has to go.
     pub async fn evicted(&self) {
-        self.eviction.cancelled().await;
+        match &self.overflow {
+            Some(place) => place.eviction.cancelled().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Leaves the queue past the limit: its place must not keep another from the door.
+    fn leave_overflow_queue(&self) {
+        if let Some(place) = &self.overflow {
+            self.admission.overflow_queue.lock().remove(place.number);
+        }
     }
 
     /// Decides about a request for `path`. The first for a peer route makes a peer of the
@@ -264,6 +303,7 @@ impl AdmissionPermit {
             (true, AdmissionClass::Overflow) => {
                 stats.accepted.fetch_add(1, Ordering::Relaxed);
                 ServerStats::give_back(&stats.overflow);
+                self.leave_overflow_queue();
             }
             (true, _) => ServerStats::give_back(&stats.clients),
         };
@@ -280,8 +320,7 @@ impl Drop for AdmissionPermit {
             AdmissionClass::Overflow => &stats.overflow,
         };
         ServerStats::give_back(counter);
-        // Its token must not keep another from the door.
-        self.eviction.cancel();
+        self.leave_overflow_queue();
     }
 }
 
@@ -301,6 +340,11 @@ mod tests {
             clients,
         };
         Admission::new(Arc::default(), &Limits::default(), shares)
+    }
+
+    fn is_evicted(permit: &AdmissionPermit) -> bool {
+        let place = permit.overflow.as_ref();
+        place.is_some_and(|place| place.eviction.is_cancelled())
     }
 
     fn counts(admission: &Admission) -> [u64; 3] {
@@ -429,12 +473,29 @@ mod tests {
         let crowd: Vec<AdmissionPermit> = (0..=OVERFLOW_MAX)
             .map(|_| admission.admit(LOW).expect("at the door"))
             .collect();
-        assert!(crowd[0].eviction.is_cancelled());
-        assert!(
-            crowd[1..]
-                .iter()
-                .all(|permit| !permit.eviction.is_cancelled())
+        assert!(is_evicted(&crowd[0]));
+        assert!(crowd[1..].iter().all(|permit| !is_evicted(permit)));
+    }
+
+    #[test]
+    fn a_peer_that_was_let_in_leaves_its_place_at_the_door() {
+        let admission = admission(0, 4);
+        let first = admission.admit(LOW).expect("at the door");
+        let peer = admission.admit(LOW).expect("at the door");
+        assert_eq!(
+            peer.decide(&Method::GET, "/peer/identity"),
+            AdmissionDecision::Serve
         );
+
+        let crowd: Vec<AdmissionPermit> = (1..OVERFLOW_MAX)
+            .map(|_| admission.admit(LOW).expect("at the door"))
+            .collect();
+        assert_eq!(counts(&admission), [0, 1, OVERFLOW_MAX as u64]);
+        assert!(!is_evicted(&first), "no more wait than may");
+
+        let _one_more = admission.admit(LOW).expect("at the door");
+        assert!(is_evicted(&first));
+        assert!(!is_evicted(&crowd[0]));
     }
 
     #[test]
