@@ -14,6 +14,8 @@ use crate::types::{Address, PlanEpoch};
 pub const VIEW_REFUSED: &str = "view_refused";
 pub const NODE_NOT_READY: &str = "node_not_ready";
 pub const EPOCH_CHANGED: &str = "epoch_changed";
+/// The code of the problem that no change was accepted under an id.
+pub const UNKNOWN_OPERATION: &str = "unknown_operation";
 
 /// Nodes that a change may name: each is asked who it is, and gets a replica of the meta group. Ten
 /// times what was tried.

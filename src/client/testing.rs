@@ -75,12 +75,16 @@ pub fn answer(status: u16, body: impl Into<Bytes>) -> Response<Bytes> {
 
 /// An error answer as nodes give it.
 pub fn problem(status: u16, detail: &str) -> Response<Bytes> {
-    let body =
-        serde_json::json!({ "type": format!("{TYPE_PREFIX}x"), "code": "x", "detail": detail });
+    problem_with(status, serde_json::json!({ "code": "x", "detail": detail }))
+}
+
+/// The same with these fields.
+pub fn problem_with(status: u16, mut fields: serde_json::Value) -> Response<Bytes> {
+    fields["type"] = format!("{TYPE_PREFIX}x").into();
     let problem = Response::builder()
         .status(status)
         .header(CONTENT_TYPE, MEDIA_TYPE);
-    problem.body(body.to_string().into()).expect("a response")
+    problem.body(fields.to_string().into()).expect("a response")
 }
 
 /// A cluster of these nodes, with one shard that owns every slot and has a replica on each.

@@ -38,7 +38,9 @@ use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use serde_json::{Map, Value};
 
 use crate::api::store::Failure;
-use crate::api::view_change::{EPOCH_CHANGED, NODE_NOT_READY, VIEW_REFUSED, ViewChangeFailure};
+use crate::api::view_change::{
+    EPOCH_CHANGED, NODE_NOT_READY, UNKNOWN_OPERATION, VIEW_REFUSED, ViewChangeFailure,
+};
 use crate::routing::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use crate::sm::kv::WriteRejection;
 use crate::types::{Address, PlanEpoch, Revision};
@@ -124,7 +126,7 @@ impl Code {
             Code::InvalidBody => "invalid_body",
             Code::KeyNotFound => "key_not_found",
             Code::UnknownRoute => "unknown_route",
-            Code::UnknownOperation => "unknown_operation",
+            Code::UnknownOperation => UNKNOWN_OPERATION,
             Code::MethodNotAllowed => "method_not_allowed",
             Code::BodyTimeout => "body_timeout",
             Code::ViewRefused => VIEW_REFUSED,

@@ -160,10 +160,16 @@ impl PeerCaller {
             source,
         };
         let response = self.transport.send(get).await.map_err(no_answer)?;
-        if let Some(known) = known.filter(|_| response.status() == StatusCode::NOT_MODIFIED) {
+        let etag = response.headers().get(ETAG).cloned();
+
+        // Only with the tag that was asked about: another program may be there by now, which says
+        // so of whatever it has.
+        let is_unchanged = |known: &KnownIdentity| {
+            response.status() == StatusCode::NOT_MODIFIED && etag.as_ref() == Some(&known.etag)
+        };
+        if let Some(known) = known.filter(is_unchanged) {
             return Ok((*known.identity).clone());
         }
-        let etag = response.headers().get(ETAG).cloned();
         let text: Box<RawValue> = read_answer(address, response, VIEW_BYTES_MAX).await?;
         let identity = read_identity(address, text.get())?;
         self.note_identity(address, etag, &identity);

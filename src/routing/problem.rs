@@ -2,7 +2,7 @@
 //! proxy in front of one says.
 //!
 //! Invariant: that nothing was done is believed of a node alone, which says so in a problem of its
-//! own. A proxy between that gave up waiting (408, 429, 503) does not know what the node did with
+//! own. A proxy between, or whatever program is at an address, does not know what a node did with
 //! what it was sent.
 
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -59,6 +59,15 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
     }
 }
 
+/// Returns the `code` of a problem that a node has written; none of any other answer.
+pub fn code(headers: &HeaderMap, body: &[u8]) -> Option<String> {
+    if !is_of_node(headers, body) {
+        return None;
+    }
+    let problem: serde_json::Value = serde_json::from_slice(body).ok()?;
+    Some(problem.get("code")?.as_str()?.to_owned())
+}
+
 /// Returns true if an answer is a problem that a node has written.
 pub fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
     let media_type = headers
@@ -75,21 +84,15 @@ pub fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
     kind.is_some_and(|kind| kind.starts_with(TYPE_PREFIX))
 }
 
-/// Returns the failure that the answer of a server means which is no node. Most refusals (4xx) say
-/// that the request is not wanted as it is, and so was not passed on; those that come with waiting
-/// say nothing of what was.
+/// Returns the failure that the answer of a server means which is no node: nobody knows what became
+/// of the request. A proxy may have passed it on to a node before it answered, or asked another
+/// program after a node had said nothing, whose "not found" says nothing of what the node did.
 fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
     let reason = match detail(status, body) {
         text if text == status.to_string() => format!("{status}, from a server that is no node"),
         text => format!("{status}, from a server that is no node: {text}"),
     };
-    match status {
-        // A proxy may answer so after it has passed the request on to a node.
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => Failure::Unknown { reason },
-        StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
-        status if status.is_client_error() => Failure::Invalid { reason },
-        _ => Failure::Unknown { reason },
-    }
+    Failure::Unknown { reason }
 }
 
 /// Returns the `detail` of a problem, else the body, else the status.
@@ -192,7 +195,7 @@ mod tests {
             (of_node(&[]), b"cut off".to_vec()),
         ];
         for (headers, body) in answers {
-            for status in [408, 429, 500, 502, 503, 504] {
+            for status in [400, 403, 404, 408, 409, 412, 413, 429, 500, 502, 503, 504] {
                 let status = StatusCode::from_u16(status).expect("a status");
                 let failure = failure(status, &headers, &body);
                 assert!(
@@ -200,8 +203,6 @@ mod tests {
                     "{status} {headers:?}: {failure:?}"
                 );
             }
-            let refused = failure(StatusCode::FORBIDDEN, &headers, &body);
-            assert!(matches!(refused, Failure::Invalid { .. }), "{refused:?}");
         }
         let with_charset = HeaderMap::from_iter([(
             CONTENT_TYPE,

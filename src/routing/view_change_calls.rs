@@ -16,8 +16,8 @@ use super::transport::{NodeCall, NodeReply, SendError, Transport};
 use crate::api::failure::Failure;
 use crate::api::store::Options;
 use crate::api::view_change::{
-    ChangeInProgress, EPOCH_CHANGED, NODE_NOT_READY, PlannedChange, VIEW_REFUSED, ViewChange,
-    ViewChangeFailure,
+    ChangeInProgress, EPOCH_CHANGED, NODE_NOT_READY, PlannedChange, UNKNOWN_OPERATION,
+    VIEW_REFUSED, ViewChange, ViewChangeFailure,
 };
 use crate::types::{Address, PlanEpoch};
 
@@ -107,10 +107,22 @@ pub async fn operation(
     let timeout_ms = server_timeout_ms(options.timeout);
     let path = format!("/v1/cluster/operations/{id}?timeout={timeout_ms}ms");
     let get = NodeCall::get(&address, path, options.timeout + PATIENCE);
-    match transport.send(get).await {
-        Ok(response) if response.status() == StatusCode::NOT_FOUND => Ok(None),
-        sent => read(sent, &address, Effect::Safe).await.map(Some),
+    let sent = transport.send(get).await;
+    match answer(sent, &address, Effect::Safe).await? {
+        // What stands in front of a node, or in its place, may answer 404 to anything.
+        CallAnswer::Problem { code, .. } if code == UNKNOWN_OPERATION => Ok(None),
+        answer => settle(answer, Effect::Safe).map(Some),
     }
+}
+
+/// An answer to a question about the view.
+enum CallAnswer<T> {
+    Done(T),
+    /// A refusal. The code is empty where no node has written it.
+    Problem {
+        code: String,
+        failure: ViewChangeFailure,
+    },
 }
 
 async fn read<T: DeserializeOwned>(
@@ -118,6 +130,27 @@ async fn read<T: DeserializeOwned>(
     address: &Address,
     effect: Effect,
 ) -> Result<T, Unsettled> {
+    settle(answer(sent, address, effect).await?, effect)
+}
+
+fn settle<T>(answer: CallAnswer<T>, effect: Effect) -> Result<T, Unsettled> {
+    let failure = match answer {
+        CallAnswer::Done(done) => return Ok(done),
+        CallAnswer::Problem { failure, .. } => failure,
+    };
+    let failure = match failure {
+        ViewChangeFailure::Failed(failure) => ViewChangeFailure::Failed(effect.report(failure)),
+        failure => failure,
+    };
+    let by = FailureSource::Server;
+    Err(Unsettled { by, failure })
+}
+
+async fn answer<T: DeserializeOwned>(
+    sent: Result<NodeReply, SendError>,
+    address: &Address,
+    effect: Effect,
+) -> Result<CallAnswer<T>, Unsettled> {
     let failed = |by: FailureSource, failure: Failure| {
         let failure = ViewChangeFailure::Failed(effect.report(failure));
         Unsettled { by, failure }
@@ -145,21 +178,22 @@ async fn read<T: DeserializeOwned>(
         let unknown = |error: reply::ReplyError| Failure::Unknown {
             reason: format!("{address}: {error}"),
         };
-        return read.map_err(|error| failed(FailureSource::Nobody, unknown(error)));
+        let done = read.map(CallAnswer::Done);
+        return done.map_err(|error| failed(FailureSource::Nobody, unknown(error)));
     }
     let headers = response.headers().clone();
     let body = reply::read_problem(response).await;
-    Err(match refusal(status, &headers, &body) {
-        ViewChangeFailure::Failed(failure) => failed(FailureSource::Server, failure),
-        failure => Unsettled {
-            by: FailureSource::Server,
-            failure,
-        },
+    Ok(CallAnswer::Problem {
+        code: problem::code(&headers, &body).unwrap_or_default(),
+        failure: refusal(status, &headers, &body),
     })
 }
 
 fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFailure {
-    let told: Refusal = serde_json::from_slice(body).unwrap_or_default();
+    let told: Refusal = match problem::is_of_node(headers, body) {
+        true => serde_json::from_slice(body).unwrap_or_default(),
+        false => Refusal::default(),
+    };
     match (told.code.as_str(), told.epoch) {
         (VIEW_REFUSED, _) => ViewChangeFailure::Refused {
             reason: told.detail,
@@ -179,4 +213,91 @@ struct Refusal {
     code: String,
     detail: String,
     epoch: Option<PlanEpoch>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::api::store::{Consistency, Routing};
+    use crate::client::testing::{answer, bind, problem, problem_with, serve};
+    use crate::routing::transport::HttpTransport;
+
+    fn refusal(status: u16, code: &str) -> http::Response<bytes::Bytes> {
+        let fields = serde_json::json!({ "code": code, "detail": "so it is" });
+        problem_with(status, fields)
+    }
+
+    fn transport() -> Arc<dyn Transport> {
+        HttpTransport::build(reqwest::Client::builder()).expect("a client")
+    }
+
+    fn options() -> Options {
+        Options {
+            consistency: Consistency::Linearizable,
+            routing: Routing::Redirect,
+            timeout: Duration::from_secs(20),
+        }
+    }
+
+    async fn ask_about(response: http::Response<bytes::Bytes>) -> Result<bool, Unsettled> {
+        let (address, listener) = bind().await;
+        serve(listener, move |_| {
+            let response = response.clone();
+            async move { Some(response) }
+        });
+        let told = operation(&*transport(), address, PlanEpoch(3), options()).await;
+        told.map(|change| change.is_some())
+    }
+
+    #[tokio::test]
+    async fn nobody_but_a_node_says_that_there_was_no_such_change() {
+        assert_eq!(ask_about(refusal(404, UNKNOWN_OPERATION)).await, Ok(false));
+        for foreign in [
+            answer(404, "<h1>not here</h1>"),
+            answer(404, r#"{"code":"unknown_operation","detail":"no"}"#),
+        ] {
+            let told = ask_about(foreign).await;
+            assert!(
+                matches!(
+                    &told,
+                    Err(Unsettled {
+                        failure: ViewChangeFailure::Failed(Failure::Unavailable { .. }),
+                        ..
+                    })
+                ),
+                "{told:?}"
+            );
+        }
+        let no_route = ask_about(problem(404, "there is no such path")).await;
+        assert!(no_route.is_err(), "{no_route:?}");
+    }
+
+    #[tokio::test]
+    async fn nobody_but_a_node_says_that_a_change_was_refused() {
+        let ask = async |response: http::Response<bytes::Bytes>| {
+            let (address, listener) = bind().await;
+            serve(listener, move |_| {
+                let response = response.clone();
+                async move { Some(response) }
+            });
+            let wanted = ViewChange::default();
+            let told = change(&*transport(), address, &wanted, None, options()).await;
+            told.expect_err("it was refused").failure
+        };
+        let refused = ask(refusal(409, VIEW_REFUSED)).await;
+        assert!(
+            matches!(refused, ViewChangeFailure::Refused { .. }),
+            "{refused:?}"
+        );
+        let body = format!(r#"{{"code":"{VIEW_REFUSED}","detail":"no"}}"#);
+        for foreign in [answer(409, body), answer(403, "<h1>no</h1>")] {
+            let told = ask(foreign).await;
+            assert!(
+                matches!(told, ViewChangeFailure::Failed(Failure::Unknown { .. })),
+                "{told:?}"
+            );
+        }
+    }
 }

@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::api::peer::{Identity, Standing};
 use crate::api::store::{GetOutcome, Routing, Store, WriteFailure};
-use crate::client::testing::{answer, bind, json, nobody, problem, serve, status};
+use crate::client::testing::{answer, bind, json, nobody, problem, problem_with, serve, status};
 use crate::sm::codec;
 use crate::sm::kv::{Condition, Media, Operation, OperationOutcome, WriteOutcome};
 use crate::types::Revision;
@@ -200,7 +200,7 @@ async fn a_change_is_followed_past_nodes_that_have_left() {
                 Some(match request.uri().path() {
                     "/v1/cluster" => json(&status),
                     "/v1/cluster/operations/4" if knows => answer(200, DONE),
-                    _ => answer(404, "{}"),
+                    _ => problem_with(404, serde_json::json!({ "code": "unknown_operation" })),
                 })
             }
         });
@@ -350,11 +350,14 @@ async fn a_guarded_change_is_asked_for_again_and_known_by_what_the_view_is_asked
         ..status(2, None, nodes)
     };
     let reply = |asked, request: &http::Request<Bytes>| {
-        let late =
-            r#"{"code":"epoch_changed","detail":"the view is that of plan 4 by now","epoch":4}"#;
+        let late = serde_json::json!({
+            "code": "epoch_changed",
+            "detail": "the view is that of plan 4 by now",
+            "epoch": 4,
+        });
         match (request.method(), asked) {
             (&http::Method::PUT, 0) => None,
-            (&http::Method::PUT, _) => Some(answer(412, late)),
+            (&http::Method::PUT, _) => Some(problem_with(412, late)),
             _ => Some(answer(200, DONE)),
         }
     };
