@@ -82,10 +82,19 @@ pub struct NodeContext {
 #[derive(Debug, Default)]
 struct ShardHint {
     leader: Option<NodeId>,
-    /// The time at which it showed that it leads, and the vote that this node's replica had given
-    /// by then, if it has one.
-    shown: Option<(Instant, Option<Vote>)>,
+    /// The question by whose answer it has shown that it leads.
+    shown: Option<LeaderQuestion>,
     suspects: Vec<(NodeId, Instant)>,
+}
+
+/// A question that nobody but the leader of a shard answers. The answer may have been on its way
+/// for long, so it shows no more than that its node led after it was asked.
+#[derive(Debug, Clone, Copy)]
+pub struct LeaderQuestion {
+    /// The time at which it was asked.
+    at: Instant,
+    /// The vote that this node's replica had given by then, if it has one.
+    promise: Option<Vote>,
 }
 
 /// A node to ask.
@@ -331,7 +340,7 @@ impl NodeContext {
     pub fn shown_leader(&self, shard: GroupId, replica: Option<&Replica>) -> Option<NodeId> {
         let hints = self.hints.lock();
         let hint = hints.get(&shard)?;
-        let (at, promise) = hint.shown?;
+        let LeaderQuestion { at, promise } = hint.shown?;
         let now = replica.and_then(Replica::promise);
         let is_own = replica.is_some_and(|group| {
             now.is_some_and(|vote| vote.voted_for == Some(group.key().replica))
@@ -357,20 +366,26 @@ impl NodeContext {
         self.set_hint(shard, self.map().node_named(address), None);
     }
 
-    /// Notes that a node has shown that it leads the shard.
-    pub fn note_leader(&self, shard: GroupId, leader: NodeId) {
-        let promise = self
-            .staying_replica(shard)
-            .and_then(|group| group.promise());
-        self.set_hint(shard, Some(leader), Some((Instant::now(), promise)));
+    /// Returns what an answer of a leader of the shard will show. Made before it is asked.
+    pub fn leader_question(&self, shard: GroupId) -> LeaderQuestion {
+        let replica = self.staying_replica(shard);
+        LeaderQuestion {
+            at: Instant::now(),
+            promise: replica.and_then(|group| group.promise()),
+        }
     }
 
-    fn set_hint(
-        &self,
-        shard: GroupId,
-        leader: Option<NodeId>,
-        shown: Option<(Instant, Option<Vote>)>,
-    ) {
+    /// Notes that a node has shown, by its answer to this question, that it leads the shard.
+    pub fn note_leader(&self, shard: GroupId, leader: NodeId, question: LeaderQuestion) {
+        let is_old = |hint: &ShardHint| hint.shown.is_some_and(|shown| shown.at > question.at);
+
+        // An answer that took long must not take the place of one to a later question.
+        if !self.hints.lock().get(&shard).is_some_and(is_old) {
+            self.set_hint(shard, Some(leader), Some(question));
+        }
+    }
+
+    fn set_hint(&self, shard: GroupId, leader: Option<NodeId>, shown: Option<LeaderQuestion>) {
         let map = self.map();
         let mut hints = self.hints.lock();
 

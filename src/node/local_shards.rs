@@ -333,7 +333,7 @@ impl LocalShards {
                 ))
             });
         }
-        let found = self.locator.find(shard, deadline).await;
+        let found = self.locator.find(shard, deadline).await?;
         let is_open =
             |leader: &NodeId| !self.context.registry.reachability().is_unreachable(*leader);
         let direct = found
@@ -374,6 +374,7 @@ impl LocalShards {
             body,
         };
 
+        let question = self.context.leader_question(shard);
         match self.call(&peer, &request, timeout).await {
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
                 match peer.hop {
@@ -396,7 +397,7 @@ impl LocalShards {
                     && peer.hop == Hop::Answer
                     && reply.shows_leadership()
                 {
-                    self.context.note_leader(shard, peer.node);
+                    self.context.note_leader(shard, peer.node, question);
                 }
                 reply
             }
@@ -451,6 +452,11 @@ impl LocalShards {
         timeout: Duration,
     ) -> Result<ShardReply, CallError> {
         let reachability = self.context.registry.reachability();
+        // A relay is asked because the leader, as it is known, can't be connected to.
+        let leader = match peer.hop {
+            Hop::Answer => Some(peer.node),
+            Hop::Relay => self.locator.known(request.shard),
+        };
         let mut call = std::pin::pin!(self.context.caller.call_by(
             peer.hop,
             &peer.address,
@@ -476,7 +482,7 @@ impl LocalShards {
                     () = reachability.until_unreachable(peer.node), if is_repeatable => {
                         given_up("no connection can be made to it any more")
                     }
-                    () = self.led_by_another(request.shard, peer.node), if is_repeatable => {
+                    () = self.led_by_another(request.shard, leader), if is_repeatable => {
                         given_up("another node leads by now")
                     }
                 }
@@ -489,17 +495,22 @@ impl LocalShards {
         answered
     }
 
-    /// Resolves when another node than this leads the shard, as far as the replica here knows.
-    async fn led_by_another(&self, shard: GroupId, node: NodeId) {
+    /// Resolves when another node than this leads the shard, as far as is known here, and can be
+    /// connected to.
+    async fn led_by_another(&self, shard: GroupId, node: Option<NodeId>) {
+        let reachability = self.context.registry.reachability();
         loop {
-            self.locator.lead_changed(shard).await;
-            if self
+            // Before the look: a change that comes after it is not missed, nor one that came before
+            // anybody waited for it.
+            let changed = self.locator.lead_changed(shard);
+            let other = self
                 .locator
                 .known(shard)
-                .is_some_and(|leader| leader != node)
-            {
+                .filter(|leader| Some(*leader) != node);
+            if other.is_some_and(|leader| !reachability.is_unreachable(leader)) {
                 return;
             }
+            changed.await;
         }
     }
 
@@ -601,7 +612,10 @@ impl LocalShards {
             Consistency::Stale => Some(self.locator.known(shard)?),
             Consistency::Linearizable => {
                 let deadline = Instant::now() + options.timeout;
-                self.locator.find(shard, deadline).await
+                match self.locator.find(shard, deadline).await {
+                    Ok(found) => found,
+                    Err(failure) => return Some(failure),
+                }
             }
         };
         let Some(leader) = found else {
@@ -656,8 +670,8 @@ impl ShardAccess for LocalShards {
         }
     }
 
-    async fn lead_changed(&self, shard: GroupId) {
-        self.locator.lead_changed(shard).await;
+    fn lead_changed(&self, shard: GroupId) -> impl Future<Output = ()> + Send {
+        self.locator.lead_changed(shard)
     }
 
     async fn locate(&self, shard: GroupId, options: Options) -> Result<(), Failure> {
@@ -723,7 +737,7 @@ impl ShardAccess for LocalShards {
         // Only the leader can hand over: a client is sent there.
         let local = self.context.registry.get(shard);
         let Some(local) = local.filter(|group| group.leads()) else {
-            let found = self.locator.find(shard, deadline).await;
+            let found = self.locator.find(shard, deadline).await?;
             let elsewhere = found.and_then(|leader| self.elsewhere_at(shard, leader));
             return Err(elsewhere.unwrap_or_else(|| self.no_leader(shard)));
         };
@@ -868,5 +882,85 @@ fn call_failure(error: CallError, writes: bool) -> Failure {
     match Failure::from(error) {
         Failure::Unknown { reason } if !writes => unavailable(reason),
         failure => failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{ScriptedTransport, TestContext, reply_after, silent};
+
+    const SHARD: GroupId = GroupId(1);
+
+    fn get() -> ShardBody {
+        ShardBody::Get {
+            key: Bytes::from_static(b"k"),
+            consistency: Consistency::Linearizable,
+        }
+    }
+
+    /// Has a node show that it leads, by an answer that takes no time.
+    fn note_leader(node: &TestContext, leader: NodeId) {
+        let question = node.context.leader_question(SHARD);
+        node.context.note_leader(SHARD, leader, question);
+    }
+
+    fn proxied() -> Options {
+        Options {
+            consistency: Consistency::Linearizable,
+            routing: Routing::Proxy,
+            timeout: Duration::from_secs(60),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_read_does_not_wait_for_a_leader_that_another_followed_just_after_it_was_asked() {
+        let transport = ScriptedTransport::new(|_| silent());
+        let node = TestContext::new(5, &transport);
+        let shards = LocalShards::new(node.context.clone());
+        let replicas = node.replicas_of(SHARD);
+        let (before, after) = (replicas[0].0, replicas[1].0);
+        note_leader(&node, before);
+
+        let read = async {
+            let reply = ShardAccess::call(&shards, SHARD, get(), proxied()).await;
+            (reply, Instant::now())
+        };
+        // Heard of before the first is doubted, and it stays as fresh as a leader's word is.
+        let change = async {
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_secs(5) {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                note_leader(&node, after);
+            }
+            began
+        };
+        let ((reply, ended), began) = tokio::join!(read, change);
+        assert!(
+            matches!(&reply, ShardReply::Failed(Failure::Unavailable { reason, .. })
+                if reason.contains("another node leads")),
+            "{reply:?}"
+        );
+        assert!(ended.duration_since(began) < Duration::from_secs(2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_shows_only_that_its_node_led_when_it_was_asked() {
+        let answer = ShardReply::GotMany(Vec::new());
+        let transport =
+            ScriptedTransport::new(move |_| reply_after(Duration::from_secs(1), &answer));
+        let node = TestContext::new(5, &transport);
+        let shards = LocalShards::new(node.context.clone());
+        let leader = node.replicas_of(SHARD)[0].0;
+        note_leader(&node, leader);
+        assert_eq!(shards.locator.known(SHARD), Some(leader));
+
+        let reply = ShardAccess::call(&shards, SHARD, get(), proxied()).await;
+        assert!(reply.shows_leadership(), "{reply:?}");
+        assert_eq!(
+            shards.locator.known(SHARD),
+            None,
+            "it may have lost its lead in the second that its answer took"
+        );
     }
 }

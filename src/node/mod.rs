@@ -35,6 +35,8 @@ pub mod platform;
 mod quorum;
 mod replica_failures;
 mod running_node;
+#[cfg(test)]
+mod testing;
 mod unreadable;
 mod views;
 

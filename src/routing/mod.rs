@@ -4,6 +4,7 @@
 //! [`reply`] and [`problem`] read what comes back, within limits. [`discovery`] asks single nodes
 //! about the cluster, [`home_probe`] which node a client is sent to while a shard's home is away.
 
+pub mod backoff;
 pub mod call;
 pub mod discovery;
 pub mod home_probe;

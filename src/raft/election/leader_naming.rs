@@ -8,6 +8,16 @@ use crate::sm::naming::KnownLeader;
 use crate::storage::log::Vote;
 use crate::types::NodeId;
 
+/// Tells who leads, as one replica knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownLead {
+    term: u64,
+    /// This replica itself.
+    leads: bool,
+    /// The node that it names.
+    leader: Option<NodeId>,
+}
+
 impl Replica {
     /// Returns the node that others may be told to ask: it leads as far as this replica knows, has
     /// shown so a moment ago, and nobody else has asked for this replica's vote since.
@@ -34,19 +44,24 @@ impl Replica {
         self.log.state().vote
     }
 
-    /// Resolves when this replica leads, or would name a leader, and did not at the call, or
-    /// another.
-    pub async fn lead_changed(&self) {
-        let lead = || {
-            let leads = self.leads();
-            let leader = self.leader_to_name();
-            (leads || leader.is_some()).then(|| (self.watch.borrow().term, leads, leader))
-        };
-        let (before, mut watch) = (lead(), self.watch());
+    /// Returns who leads as far as this replica knows; none while it would name nobody.
+    pub fn lead(&self) -> Option<KnownLead> {
+        let leads = self.leads();
+        let leader = self.leader_to_name();
+        (leads || leader.is_some()).then(|| KnownLead {
+            term: self.watch.borrow().term,
+            leads,
+            leader,
+        })
+    }
+
+    /// Resolves when this replica leads, or would name a leader, and not as it was `before`.
+    pub async fn lead_changed_since(&self, before: Option<KnownLead>) {
+        let mut watch = self.watch();
         loop {
             // Before the look: a word that comes after it is not missed.
             let word = self.timer.next_word();
-            let now = lead();
+            let now = self.lead();
             if now.is_some() && now != before {
                 return;
             }

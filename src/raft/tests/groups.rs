@@ -353,7 +353,7 @@ async fn a_leader_that_is_not_heard_is_not_named_and_the_next_one_wakes_who_wait
         None,
         "nobody is sent by a leader to itself"
     );
-    let mut changed = std::pin::pin!(follower.lead_changed());
+    let mut changed = std::pin::pin!(follower.lead_changed_since(follower.lead()));
     assert!(futures::poll!(changed.as_mut()).is_pending());
 
     cluster.hub.isolate(leader);
