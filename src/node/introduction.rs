@@ -7,7 +7,7 @@
 //! view may not know. Nothing waits for a quorum: who does not answer is asked again while the node
 //! runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,13 +24,14 @@ use crate::api::peer::{Greeting, GreetingReply, Identity, Standing};
 use crate::blocking;
 use crate::raft::transport::lanes::PeerRefusal;
 use crate::routing::peer_caller::PeerError;
+use crate::sm::cluster::view::View;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 
 /// Time that a member has to answer.
 const GREET_TIMEOUT: Duration = Duration::from_secs(1);
-/// Rounds before a start, while nobody of the `VIEW` has answered as a member of any cluster: nodes
-/// may be started together.
+/// Rounds before a start, and as many more as it takes to ask everyone once, while nobody of the
+/// `VIEW` has answered as a member of any cluster: nodes may be started together.
 const ROUNDS: usize = 4;
 const BETWEEN_ROUNDS: Duration = Duration::from_millis(200);
 /// Addresses that are asked in one round: all members of a usual cluster.
@@ -70,25 +71,20 @@ impl Joining {
         let Some(greeting) = self.greeting(cluster, joined.node) else {
             return Ok(Vec::new());
         };
-        let known = joined.view.nodes.values().map(|node| node.address.clone());
-        let mut silent: BTreeSet<Address> = self.view_set().iter().cloned().chain(known).collect();
-        // At its own address nobody but this node answers.
-        silent.remove(&self.config().address);
-
+        let mut silent = self.others(&joined.view);
         let mut met = BTreeMap::new();
-        for round in 0..ROUNDS {
+        let rounds = ROUNDS.max(silent.len().div_ceil(ASKED_MAX));
+        for round in 0..rounds {
             if round > 0 {
                 tokio::time::sleep(BETWEEN_ROUNDS).await;
             }
-            let asked = silent
-                .iter()
-                .take(ASKED_MAX)
-                .map(|address| self.greet(address, &greeting));
-            let answers = join_all(asked).await;
-            let asked: Vec<Address> = silent.iter().take(ASKED_MAX).cloned().collect();
+            let asked: Vec<Address> = silent.drain(..silent.len().min(ASKED_MAX)).collect();
+            let greeted = asked.iter().map(|address| self.greet(address, &greeting));
+            let answers = join_all(greeted).await;
             for (address, answer) in asked.into_iter().zip(answers) {
-                if answer != GreetingOutcome::Silent {
-                    silent.remove(&address);
+                // Behind the others: those that say nothing must not keep them from their turn.
+                if answer == GreetingOutcome::Silent {
+                    silent.push_back(address.clone());
                 }
                 met.insert(address, answer);
             }
@@ -123,6 +119,17 @@ impl Joining {
             | GreetingOutcome::Doubled { .. } => None,
         });
         Ok(found.collect())
+    }
+
+    /// Returns the addresses of the `VIEW` and then of the other members, but for this node's own:
+    /// there nobody but this node answers.
+    fn others(&self, view: &View) -> VecDeque<Address> {
+        let mut others: VecDeque<Address> = self.view_set().iter().cloned().collect();
+        let is_news = |address: &Address| !self.view_set().contains(address);
+        let members = view.nodes.values().map(|node| node.address.clone());
+        others.extend(members.filter(is_news));
+        others.retain(|address| *address != self.config().address);
+        others
     }
 
     /// Returns what this node says of itself; none before it has begun a start.
@@ -409,11 +416,12 @@ impl Greeter {
                 .get(address)
                 .is_none_or(|(due, pause)| *due <= now + pause.saturating_sub(pause_max))
         };
-        targets
-            .into_iter()
-            .filter(|address| is_due(address))
-            .take(ASKED_MAX)
-            .collect()
+        let mut due: Vec<Address> = targets.into_iter().filter(is_due).collect();
+        // Those that were asked last go behind the others: else the first that say nothing would
+        // keep the rest from their turn.
+        due.sort_by_key(|address| self.later.get(address).map(|(due, _)| *due));
+        due.truncate(ASKED_MAX);
+        due
     }
 
     fn is_silent(&self) -> bool {
@@ -437,5 +445,56 @@ impl Greeter {
         {
             rarely!(error, "deleting what was put aside was broken off: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{ScriptedTransport, TestContext, refused};
+
+    /// Asserts that each of the other nodes was called at least once.
+    fn assert_all_called(node: &TestContext, transport: &ScriptedTransport) {
+        let view = node.context.view();
+        let others = view
+            .nodes
+            .iter()
+            .filter(|(id, _)| **id != node.context.node);
+        let missed: Vec<&Address> = others
+            .map(|(_, node)| &node.address)
+            .filter(|address| transport.calls_to(address) == 0)
+            .collect();
+        assert!(missed.is_empty(), "never asked: {missed:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn before_a_start_every_member_is_greeted_though_the_first_say_nothing() {
+        let transport = ScriptedTransport::new(|_| refused());
+        let node = TestContext::new(200, &transport);
+        let joined = Joined {
+            node: node.context.node,
+            view: Box::new((*node.context.view()).clone()),
+        };
+        node.joining
+            .stamp_member(joined.node, &joined.view)
+            .expect("a stamp");
+        let met = node.joining.introduce(&joined).await.expect("it may start");
+        assert!(met.is_empty());
+        assert_all_called(&node, &transport);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_meta_group_every_member_is_greeted_again_and_again() {
+        let transport = ScriptedTransport::new(|_| refused());
+        let node = TestContext::new(100, &transport);
+        node.joining
+            .begin_start(StartId(1))
+            .expect("a start in the book");
+        let mut greeter = Greeter::new(node.context.clone(), node.joining.clone());
+        for _ in 0..8 {
+            greeter.greet_round().await;
+            tokio::time::advance(TICK).await;
+        }
+        assert_all_called(&node, &transport);
     }
 }
