@@ -297,6 +297,11 @@ const SPAWNS: &[(&str, usize, &str)] = &[
         "one step of a view change, which is told and taken again",
     ),
     (
+        "node/controllers/disk_watch.rs",
+        1,
+        "one report to a node, which has a deadline; its panic goes on in its loop",
+    ),
+    (
         "node/controllers/scrub.rs",
         1,
         "one scrub, which inherits its supervisor and is awaited",

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::context::{NodeContext, read_view_now};
 use super::controllers::agreement::Agreement;
-use super::controllers::disk_watch::DiskWatch;
+use super::controllers::disk_watch::{DiskHandOver, DiskWatch};
 use super::controllers::failure_reporter::FailureReporter;
 use super::controllers::leader_placement::LeaderPlacement;
 use super::controllers::levels::{Levels, outgrown};
@@ -588,6 +588,10 @@ impl ControllerTasks {
             "disk-watch",
             |stop| async move { disk_watch.run(&stop).await },
         );
+        let disk_hand_over = DiskHandOver::new(context.clone(), storage.log.clone());
+        tasks.start("disk-hand-over", |stop| async move {
+            disk_hand_over.run(&stop).await
+        });
         let reachability_probe = ReachabilityProbe::new(context.clone());
         tasks.start("scout", |stop| async move {
             reachability_probe.run(&stop).await

@@ -5,12 +5,15 @@
 //!
 //! Another node is asked before it is given a lead, and leads come home only to one with room
 //! (`leader_placement`): so where all disks are full, leads stay where they are.
+//!
+//! Invariant: the looks wait for no other node. Reports go out beside them, one at a time to each
+//! node, and so do leads ([`DiskHandOver`]).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -43,11 +46,26 @@ pub struct DiskWatch {
     log: Log,
     states: Arc<MapStore>,
     level: DiskLevel,
-    not_before: HashMap<GroupId, Instant>,
-    /// The level that the others were told last, and when.
-    reported: Option<(DiskLevel, Instant)>,
+    reports: DiskReports,
     directory: DirectoryId,
     unseen: Rarely,
+}
+
+/// Remembers what each other node was told, and the reports that are under way.
+#[derive(Default)]
+struct DiskReports {
+    /// The level that each node was told last, and when.
+    told: HashMap<NodeId, (DiskLevel, Instant)>,
+    /// Ends with the node that each was for.
+    under_way: JoinSet<NodeId>,
+    busy: BTreeSet<NodeId>,
+}
+
+/// Gives the shards that are led here to nodes with more room, while there is little here.
+pub struct DiskHandOver {
+    context: Arc<NodeContext>,
+    log: Log,
+    not_before: HashMap<GroupId, Instant>,
 }
 
 impl DiskWatch {
@@ -62,8 +80,7 @@ impl DiskWatch {
             log,
             states,
             level: DiskLevel::Ample,
-            not_before: HashMap::new(),
-            reported: None,
+            reports: DiskReports::default(),
             directory,
             unseen: Rarely::new(),
         }
@@ -82,9 +99,9 @@ impl DiskWatch {
         let log = self.log.clone();
         let looked = blocking::start(move || log.look_for_room()).await;
         if let Ok(Err(error)) = looked
-            && let Some(more) = self.unseen.due()
+            && let Some(left_out) = self.unseen.due()
         {
-            tracing::warn!(%error, more, "how much of the disk is left can't be seen");
+            tracing::warn!(%error, left_out, "how much of the disk is left can't be seen");
         }
 
         let level = self.log.disk_level();
@@ -92,47 +109,41 @@ impl DiskWatch {
             self.tell(level);
             self.level = level;
         }
-        self.report(level).await;
+        self.report(level);
         self.note_levels_of_voters(level);
-        if level == DiskLevel::Ample {
-            self.not_before.clear();
-        } else {
-            self.hand_over().await;
-        }
 
         // Checkpoints wait where there is no room: each look lets them try again.
         self.states.write_what_waited_for_room();
     }
 
     /// Tells the other nodes how full the disk is, as long as that matters, and once more.
-    async fn report(&mut self, level: DiskLevel) {
-        // A disk with room is no news: an idle cluster sends nothing. That it has room again is
-        // told once.
-        let is_due = match self.reported {
-            None => level != DiskLevel::Ample,
-            Some((told, at)) => told != level || at.elapsed() >= REPORT_EVERY,
-        };
-        if !is_due {
-            return;
-        }
-        self.reported = (level != DiskLevel::Ample).then(|| (level, Instant::now()));
-        let report = DiskReport {
-            cluster: self.context.cluster,
-            directory: self.directory,
-            level,
-        };
-        let (view, context) = (self.context.view(), &self.context);
-        let others = view.nodes.iter().filter(|(id, _)| **id != context.node);
-        let told = others.map(|(_, node)| async {
-            let told = context
-                .peers
-                .report_disk(&node.address, &report, ASK_TIMEOUT)
-                .await;
-            if let Err(error) = told {
-                tracing::debug!("how full the disk is here was not reported: {error}");
+    fn report(&mut self, level: DiskLevel) {
+        self.reports.note_ends();
+        let view = self.context.view();
+        self.reports
+            .told
+            .retain(|node, _| view.nodes.contains_key(node));
+        for (id, node) in &view.nodes {
+            if *id == self.context.node || !self.reports.is_due(*id, level) {
+                continue;
             }
-        });
-        join_all(told).await;
+            let (context, id, address) = (self.context.clone(), *id, node.address.clone());
+            let report = DiskReport {
+                cluster: context.cluster,
+                directory: self.directory,
+                level,
+            };
+            self.reports.start(id, level, async move {
+                let told = context
+                    .peers
+                    .report_disk(&address, &report, ASK_TIMEOUT)
+                    .await;
+                if let Err(error) = told {
+                    tracing::debug!("how full the disk is here was not reported: {error}");
+                }
+                id
+            });
+        }
     }
 
     /// Has the leaders here know whether a majority could take what they propose.
@@ -160,6 +171,7 @@ impl DiskWatch {
                 tracing::info!(free_mib, "the disk has room again: writes are taken")
             }
             DiskLevel::Low => {
+                // Said once for each change, and a disk at the limit does not go to and fro.
                 tracing::error!(
                     free_mib,
                     reserve_mib,
@@ -168,11 +180,73 @@ impl DiskWatch {
                 );
             }
             DiskLevel::Spent => {
+                // Said once, as above.
                 tracing::error!(
                     free_mib,
                     reserve_mib,
                     "the disk is full: this node takes no entries of others either"
                 );
+            }
+        }
+    }
+}
+
+impl DiskReports {
+    /// Returns whether a node is to be told of this level now. A disk with room is no news: an idle
+    /// cluster sends nothing. That it has room again is told once.
+    fn is_due(&self, node: NodeId, level: DiskLevel) -> bool {
+        let is_news = match self.told.get(&node) {
+            None => level != DiskLevel::Ample,
+            Some((told, at)) => {
+                let is_old = at.elapsed() >= REPORT_EVERY;
+                *told != level || (level != DiskLevel::Ample && is_old)
+            }
+        };
+        is_news && !self.busy.contains(&node)
+    }
+
+    fn start(
+        &mut self,
+        node: NodeId,
+        level: DiskLevel,
+        report: impl Future<Output = NodeId> + Send + 'static,
+    ) {
+        self.told.insert(node, (level, Instant::now()));
+        self.busy.insert(node);
+        self.under_way.spawn(report);
+    }
+
+    fn note_ends(&mut self) {
+        while let Some(ended) = self.under_way.try_join_next() {
+            match ended {
+                Ok(node) => drop(self.busy.remove(&node)),
+                // Ends the process, as if it had panicked here.
+                Err(error) => {
+                    if let Ok(panic) = error.try_into_panic() {
+                        std::panic::resume_unwind(panic);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl DiskHandOver {
+    pub fn new(context: Arc<NodeContext>, log: Log) -> Self {
+        Self {
+            context,
+            log,
+            not_before: HashMap::new(),
+        }
+    }
+
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        while pause::waited(shutdown, TICK).await {
+            // As of the last look.
+            if self.log.disk_level() == DiskLevel::Ample {
+                self.not_before.clear();
+            } else {
+                self.hand_over().await;
             }
         }
     }
@@ -228,5 +302,46 @@ impl DiskWatch {
                 ),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{ScriptedTransport, TestContext, respond, silent};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_says_nothing_holds_up_neither_the_looks_nor_other_reports() {
+        let dead: crate::types::Address = "10.0.0.1:1".parse().expect("an address");
+        let hangs = dead.clone();
+        let transport = ScriptedTransport::new(move |call| match call.address == hangs {
+            true => silent(),
+            false => respond(200, "null"),
+        });
+        let node = TestContext::new(3, &transport);
+        let (context, directory) = (node.context.clone(), node.joining.directory_id());
+        let (log, states) = (node.log.clone(), node.states.clone());
+        let mut watch = DiskWatch::new(context, log, states, directory);
+        let other = "10.0.0.2:1".parse().expect("an address");
+
+        let (began, mut rounds) = (Instant::now(), 0);
+        while began.elapsed() < REPORT_EVERY * 5 {
+            watch.report(DiskLevel::Low);
+            tokio::time::sleep(TICK).await;
+            rounds += 1;
+        }
+        assert_eq!(rounds, 20, "each look came in time");
+        assert_eq!(transport.calls_to(&other), 5);
+
+        watch.report(DiskLevel::Ample);
+        tokio::time::sleep(TICK).await;
+        assert_eq!(
+            transport.calls_to(&other),
+            6,
+            "that it has room again is told"
+        );
+        watch.report(DiskLevel::Ample);
+        tokio::time::sleep(TICK).await;
+        assert_eq!(transport.calls_to(&other), 6, "once");
     }
 }
