@@ -22,6 +22,7 @@ use super::types::vote_from_raft;
 use crate::blocking;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::SnapshotReceiver;
+use crate::telemetry::rarely;
 use crate::types::{NodeId, ReplicaId};
 /// Interval at which the leader extends the hold while it still writes the snapshot.
 const ASK_EVERY: Duration = Duration::from_secs(30);
@@ -132,7 +133,8 @@ impl Replica {
         let apply_state = self.apply_state.clone();
         self.supervise(async move {
             if apply_state.hold.outlast(number).await {
-                tracing::error!(
+                rarely!(
+                    error,
                     "no other map came within {PATIENCE:?}: the replica goes on with its own"
                 );
             }
@@ -195,7 +197,7 @@ impl Replica {
 
             match &result {
                 Ok(_) => tracing::error!("replica {key} is rebuilt from its leader"),
-                Err(reason) => tracing::error!("replica {key} was not rebuilt: {reason}"),
+                Err(reason) => rarely!(error, "replica {key} was not rebuilt: {reason}"),
             }
             done.send_replace(Some(result));
         });

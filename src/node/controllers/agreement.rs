@@ -259,6 +259,7 @@ impl Agreement {
                 }
                 let is_recorded = self.record(group, None).await;
                 if is_recorded {
+                    // Said once an alarm.
                     tracing::warn!(
                         "the replicas of shard {id} are of one mind again: it takes writes"
                     );
@@ -303,6 +304,7 @@ impl Agreement {
                     answers.members.len()
                 );
                 if group.alarm().is_none() {
+                    // Said once an alarm.
                     self.context.differed(id);
                     tracing::error!("shard {id} is read-only: {reason}");
                 }
@@ -330,7 +332,8 @@ impl Agreement {
             Ok(KvOutcome::ReadOnlySet) => true,
             Ok(_) => false,
             Err(error) => {
-                tracing::warn!(
+                rarely!(
+                    warn,
                     "whether shard {} is read-only is not in its log yet: {error}",
                     group.key().group
                 );

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::node::context::NodeContext;
 use crate::sm::cluster::view::View;
 use crate::supervisor;
+use crate::telemetry::rarely;
 use crate::types::GroupId;
 
 /// The tasks that run, and when to look for more.
@@ -80,7 +81,8 @@ impl GroupTasks {
             && let Ok(panic) = error.try_into_panic()
         {
             let group = group.map_or_else(String::new, |group| format!(" of group {group}"));
-            tracing::error!(
+            rarely!(
+                error,
                 "a step{group} panicked, and is taken again: {}",
                 supervisor::message(&*panic)
             );

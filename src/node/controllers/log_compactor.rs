@@ -194,6 +194,7 @@ impl LogCompactor {
     fn complain(&mut self, witness: &WitnessReplica) {
         let (key, bytes) = (witness.key(), witness.log_bytes());
         if is_to_be_logged(bytes, self.complained.get(&key).map(Instant::elapsed)) {
+            // Said once in a while, of each witness.
             tracing::warn!(
                 "witness {key} keeps {} MiB of log for a replica that has been away for long: \
                 bring its node back, or replace it",
@@ -208,10 +209,10 @@ impl LogCompactor {
         let (free, reserve) = self.log.free_bytes();
         let map = group.state().map_bytes();
         if free < reserve / 4 + map + map / 8 {
-            if let Some(more) = self.no_room.due() {
+            if let Some(left_out) = self.no_room.due() {
                 let (group, free_mib, map_mib) = (group.key().group, free >> 20, map >> 20);
-                tracing::warn!(%group, free_mib, map_mib, more, "a snapshot waits for room on the \
-                    disk");
+                tracing::warn!(%group, free_mib, map_mib, left_out, "a snapshot waits for room on \
+                    the disk");
             }
             return;
         }

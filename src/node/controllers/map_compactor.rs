@@ -41,6 +41,7 @@ impl MapCompactor {
             let ticked = self.tick(shutdown.clone()).await;
             pause = TICK.max((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX));
             if let Err(error) = ticked {
+                // Said once a minute: the next attempt is as far off.
                 tracing::warn!(
                     "the maps were not copied, and keep the space of what was overwritten and \
                     deleted: {error}"

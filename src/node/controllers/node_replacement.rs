@@ -25,6 +25,7 @@ use crate::node::plan_proposal::{PlanRefusal, install_plan};
 use crate::raft::Replica;
 use crate::sm::cluster::repair::{NodePresence, Replacement, next_plan, replace_failed};
 use crate::sm::cluster::view::View;
+use crate::telemetry::rarely;
 use crate::types::{Address, DirectoryId, GroupId, NodeId};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -228,6 +229,7 @@ impl NodeReplacement {
         let lost = named(&mut next.leaving.difference(&view.leaving));
         let epoch = next.epoch;
         if install(meta, view, next, "repair").await {
+            // Said once a plan.
             tracing::warn!(
                 "plan {epoch}: the work of nodes that stay away ({}) or lost their disk ({}) goes \
                 to others; back at work: {}",
@@ -270,6 +272,7 @@ async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacemen
             .nodes
             .get(node)
             .map_or_else(|| node.to_string(), |node| node.address.to_string());
+        // Said once a plan, of each replica.
         tracing::warn!(
             "plan {epoch}: replica {failed} of group {group} has failed at {address} for too \
             long: {new} takes its place there"
@@ -343,7 +346,8 @@ fn tell_claim(
     let grace = lost_disk_after.as_secs();
     match (before, now) {
         (before, Some(claim)) if before.is_none_or(|before| before.since != claim.since) => {
-            tracing::warn!(
+            rarely!(
+                warn,
                 "an empty data directory ({}) answers at {address} in the place of the node there: \
              if it still does in {grace} s and the node stays away, its disk counts as lost, and \
              its replicas are rebuilt",
@@ -355,6 +359,7 @@ fn tell_claim(
             let passed =
                 |claim: &DirectoryClaim| claim.last.duration_since(claim.since) >= lost_disk_after;
             if passed(&claim) && !passed(&before) {
+                // Said once a claim, which is some seconds old by then.
                 tracing::warn!(
                     "the disk of the node at {address} counts as lost: data directory {} takes its \
                     place",

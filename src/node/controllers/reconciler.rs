@@ -328,7 +328,8 @@ impl Reconciler {
                 }
                 Err(error) => {
                     wipes.failed.insert(key, Instant::now());
-                    tracing::warn!(
+                    rarely!(
+                        warn,
                         "retired replica {key} could not be wiped: {error}; it is tried again"
                     );
                 }
@@ -491,6 +492,7 @@ impl Reconciler {
         let times = announcing.rejected;
         drop(announcing);
         match rejection {
+            // Said once a minute, with the number.
             meta::MetaRejection::AddressTaken { address, by } => tracing::warn!(
                 "the view has node {by} at {address}, where this node ({}) runs now: {times} \
                  announcements were rejected. Start {by} where it is to be; if it is gone for \
@@ -502,6 +504,7 @@ impl Reconciler {
                     .nodes
                     .get(&self.context.node)
                     .map_or("no address", |node| node.address.as_str());
+                // Said once a minute, as above.
                 tracing::warn!(
                     "the view has this node at {known} and not at {own}: {times} announcements \
                     were rejected: {rejection:?}"

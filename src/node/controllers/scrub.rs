@@ -28,6 +28,7 @@ use crate::sm::scrub::{ScrubKind, first_after_ms, next_after_ms, rest_ms};
 use crate::storage::log::Log;
 use crate::storage::{Checked, ReadPace, ReplicaKey, background};
 use crate::supervisor;
+use crate::telemetry::rarely;
 use crate::types::GroupId;
 
 /// Between two looks at whether a scrub is due.
@@ -443,13 +444,18 @@ impl Pass {
         });
         match read.await.map(|read| read.unwrap_or(Checked::Unread)) {
             Ok(Checked::Damaged(damage)) => {
+                // Said once a scrub, of each place.
                 self.scrubs.count_damaged(kind);
                 tracing::error!("a scrub has found damage: {damage}; {}", kind.remedy());
                 Some(damage)
             }
             Ok(Checked::Whole | Checked::Unread) => None,
             Err(error) => {
-                tracing::error!("a scrub of a {} was broken off: {error}", kind.name());
+                rarely!(
+                    error,
+                    "a scrub of a {} was broken off: {error}",
+                    kind.name()
+                );
                 None
             }
         }
@@ -458,6 +464,7 @@ impl Pass {
     fn conclude(&self, kind: ScrubKind, damage: &str, mended: Result<(), String>) -> bool {
         self.scrubs.conclude(kind, damage, &mended);
         match &mended {
+            // Said once a scrub, of each damage.
             Ok(()) => tracing::warn!("that is done: {damage}"),
             Err(reason) => tracing::error!(
                 "that was not done, and is tried again by the next scrub: {damage}; {reason}"
@@ -503,7 +510,7 @@ impl Pass {
             if !covers()
                 && let Err(error) = group.build_snapshot().await
             {
-                tracing::warn!("snapshot of {key} was not written: {error}");
+                rarely!(warn, "snapshot of {key} was not written: {error}");
             }
 
             // Log is let go of only behind a durable snapshot, also log of a damaged segment.
@@ -515,7 +522,7 @@ impl Pass {
             .filter(|witness| witness.key() == key)
             && let Err(error) = witness.release_log(true).await
         {
-            tracing::warn!("the log of witness {key} was not purged: {error}");
+            rarely!(warn, "the log of witness {key} was not purged: {error}");
         }
     }
 }

@@ -34,6 +34,7 @@ use crate::sm::moves::{CLEAR_KEYS_MAX, Move, MoveLimits, MoveSide, MoveStep, nex
 use crate::sm::ports::StoreError;
 use crate::sm::slots::SlotState;
 use crate::storage::map::{MapRead, ReadKind};
+use crate::telemetry::rarely;
 use crate::types::{GroupId, MapVersion, Slot};
 
 /// Between two looks for something to move.
@@ -557,7 +558,8 @@ impl MoveDriver {
             MoveOutcome::Cleared { .. } => state.destination = None,
             // Nothing was released yet: the slots are whole at the source, and stay there.
             MoveOutcome::Rejected(moves::MoveRejection::Differs { slot, source, here }) => {
-                tracing::error!(
+                rarely!(
+                    error,
                     "move {} is taken back: slot {slot} holds {source:?} in shard {}, and {here:?} \
                     was counted in shard {}",
                     slot_move.id,

@@ -167,6 +167,7 @@ impl StaleViewRefresh {
         }
 
         // The cluster has gone on without this node, and its leaders call it no more.
+        // Said once: the node stops.
         tracing::warn!(
             "this node is not in the view any more (version {}): it is retired",
             view.version

@@ -29,6 +29,7 @@ use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, WriterActivity, WriterPhase};
 use crate::storage::map::MapStore;
 use crate::supervisor::{Beat, ProcessEnd, Supervisor};
+use crate::telemetry::rarely;
 use crate::types::GroupId;
 
 const TICK: Duration = Duration::from_millis(250);
@@ -140,6 +141,7 @@ impl Watchdog {
 
         // A task can't see that no task runs: a thread does.
         if let Err(error) = watch_runtime(&self.supervisor, &watched, RUNTIME_LOOK) {
+            // Said once, at the start.
             tracing::warn!("nothing watches whether tasks run: {error}");
         }
         while pause::waited(shutdown, TICK).await {
@@ -285,6 +287,7 @@ impl Watchdog {
             .get(about)
             .is_none_or(|last| last.elapsed() >= TELL_EVERY)
         {
+            // Said once in a while, of each part.
             self.told.insert(about, Instant::now());
             tracing::error!("a part of this node stalls: {line}");
         }
@@ -317,11 +320,14 @@ impl Watchdog {
                 held_up.map_ms
             ),
         };
-        tracing::warn!("group {id} is handed over to replica {to}: {why}");
+        rarely!(warn, "group {id} is handed over to replica {to}: {why}");
         self.findings.step_downs.fetch_add(1, Ordering::Relaxed);
         let step_down = async move {
             if let Err(error) = group.step_down(to).await {
-                tracing::warn!("group {id} was not handed over, and is led on: {error}");
+                rarely!(
+                    warn,
+                    "group {id} was not handed over, and is led on: {error}"
+                );
             }
         };
         self.supervisor
@@ -401,6 +407,7 @@ fn watch_runtime(
             match judge_runtime(looks, own) {
                 StallVerdict::Works => {}
                 StallVerdict::Stalls => {
+                    // Said once, until tasks run again.
                     if !std::mem::replace(&mut is_told, true) {
                         tracing::error!(
                             "a part of this node stalls: no task has run for {looks} looks, \
