@@ -345,13 +345,14 @@ impl CallRoom {
             return None;
         }
 
-        // Checked in the same lock as it is counted, so that two calls can't take the last place.
-        state.used += 1;
+        // Checked in the same lock as it is counted, so that two calls can't take the last place;
+        // and before anything is counted, as a request may panic and the others go on.
         assert!(
-            state.used <= self.calls,
+            state.used < self.calls,
             "{} calls at once: log and maps would lack descriptors",
-            state.used
+            state.used + 1
         );
+        state.used += 1;
         match state.addresses.get_mut(address) {
             Some(room) => room.used += 1,
             None => {

@@ -117,6 +117,19 @@ impl Drop for WriterGuard<'_> {
     }
 }
 
+/// Stops a map whose change is broken off by a panic: its tables may hold half of an entry, which
+/// must not be written down as if it were the state before, and applied once more at the next
+/// start. The lock says nothing of it.
+struct StopIfPanicking<'a>(&'a ReplicaMapInner);
+
+impl Drop for StopIfPanicking<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail("applying an entry panicked");
+        }
+    }
+}
+
 impl ReplicaMap {
     pub(super) fn new(
         shared: Arc<MapStoreInner>,
@@ -202,6 +215,8 @@ impl ReplicaMap {
         assert!(!reserved, "{}: a change of a reserved key", replica.key);
         let frozen = {
             let mut tables = replica.write_memtables();
+            // Before the lock is given back.
+            let _stop = StopIfPanicking(replica);
             if applied.log_id <= tables.applied.log_id {
                 return Err(StoreError::Damaged(format!(
                     "{}: an entry that is in the map was to be applied",

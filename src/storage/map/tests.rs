@@ -513,3 +513,38 @@ fn a_digest_is_noted_however_soon_the_table_of_its_entry_is_written_down() {
         assert_eq!(noted, Some((asked, 1)), "{len} bytes");
     }
 }
+
+/// A lock says nothing of a panic of who held it.
+#[test]
+#[cfg(debug_assertions)]
+fn a_map_in_which_a_change_panicked_takes_no_other_and_is_not_written_down() {
+    let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
+    let trees = MemTrees::new();
+    let (store, mut checkpointer) = open(&trees, &disk);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    let put = |key: &'static str| {
+        let mut batch = WriteBatch::default();
+        batch.put(key, vec![1]);
+        batch
+    };
+    state.apply(put("a"), applied(1)).expect("applied");
+
+    state.replica.write_memtables().frozen_bytes += 1;
+    let change = || state.apply(put("b"), applied(2));
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(change));
+    assert!(panicked.is_err(), "the bytes don't add up");
+    state.replica.write_memtables().frozen_bytes -= 1;
+
+    assert!(state.failure().is_some());
+    assert!(state.apply(put("c"), applied(3)).is_err());
+    while checkpointer.pump() {}
+    store.close().expect("closed");
+    drop((state, store, checkpointer));
+    let (store, _checkpointer) = open(&trees, &disk);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    let kept = state.applied().log_id;
+    assert!(
+        kept.is_none_or(|id| id.index < 2),
+        "{kept:?} was written down"
+    );
+}

@@ -78,6 +78,16 @@ impl LaneLimiter {
         let mut holders = self.lock();
         self.make_room(&mut holders, owner)?;
 
+        // Before it has a place, which nobody would give back after a panic.
+        assert!(
+            holders
+                .values()
+                .filter(|holder| holder.owner == owner)
+                .count()
+                < owner.max_lanes(),
+            "{owner:?} has more lanes than it may"
+        );
+
         let number = self.next.fetch_add(1, Ordering::Relaxed);
 
         // A later lane ends this one by its token, wherever it waits.
@@ -92,14 +102,6 @@ impl LaneLimiter {
                 heard: heard.clone(),
                 ended: ended.clone(),
             },
-        );
-        assert!(
-            holders
-                .values()
-                .filter(|holder| holder.owner == owner)
-                .count()
-                <= owner.max_lanes(),
-            "{owner:?} has more lanes than it may"
         );
         Some(LanePermit {
             limiter: self.clone(),
