@@ -120,8 +120,13 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::api::peer::{Identity, Standing};
     use crate::client::testing::{answer, bind, serve};
     use crate::routing::transport::{HttpTransport, NodeCall};
+    use crate::sm::cluster::view::{NodeSpec, PlacementSpec, View};
+    use crate::sm::level::LEVEL;
+    use crate::sm::placement::first_view;
+    use crate::types::{ClusterId, DirectoryId, NodeId, SLOTS};
 
     async fn get(body: &'static [u8]) -> NodeReply {
         let (address, listener) = bind().await;
@@ -157,5 +162,50 @@ mod tests {
                 .expect("a number"),
             12
         );
+    }
+
+    /// Returns the first view of so many nodes and shards.
+    fn view(nodes: u16, shards: u16, replication_factor: u8) -> View {
+        let node = |at: u16| NodeSpec {
+            address: format!("node-{at:04}.some-zone.example.com:13800")
+                .parse()
+                .expect("an address"),
+            public_address: None,
+            directory: DirectoryId(u128::MAX - u128::from(at)),
+        };
+        let asked = PlacementSpec::from_flags(Some(replication_factor), Some(shards));
+        first_view(ClusterId(u128::MAX), asked, (1..=nodes).map(node).collect()).expect("a view")
+    }
+
+    fn identity_bytes(view: &View) -> usize {
+        let identity = Identity {
+            directory: DirectoryId(u128::MAX),
+            address: view.nodes[&NodeId(1)].address.clone(),
+            public_address: None,
+            standing: Standing::Member {
+                view: Box::new(view.clone()),
+            },
+            speaks: LEVEL,
+            level: view.level,
+            start: None,
+            holds_level: false,
+        };
+        serde_json::to_vec(&identity).expect("JSON").len()
+    }
+
+    /// The figures are in ARCHITECTURE.md. There is a shard to a slot at most.
+    #[test]
+    fn a_view_of_as_many_shards_as_there_can_be_fits_in_a_reply() {
+        let usual = view(10, 4000, 3);
+        let (entry, json) = (usual.encode().len(), identity_bytes(&usual));
+        println!("10 nodes, 4000 shards: {entry} bytes, as JSON {json}");
+        assert!(entry < 256 << 10, "{entry}");
+        assert!(json < 2 << 20, "{json}");
+
+        let large = view(200, SLOTS, 7);
+        let (entry, json) = (large.encode().len(), identity_bytes(&large));
+        println!("200 nodes, 4096 shards of 7 replicas: {entry} bytes, as JSON {json}");
+        assert!(entry < 1 << 20, "{entry}");
+        assert!(json < VIEW_BYTES_MAX, "{json}");
     }
 }
