@@ -327,7 +327,12 @@ impl LocalShards {
         deadline: Instant,
     ) -> Result<PeerPlace, Failure> {
         if consistency == Consistency::Stale {
-            return self.context.peer_for(shard).ok_or_else(|| {
+            // It answers itself: a relay would look for the leader, which nobody needs for this.
+            let peer = self.context.peer_for(shard).map(|peer| PeerPlace {
+                hop: Hop::Answer,
+                ..peer
+            });
+            return peer.ok_or_else(|| {
                 unavailable(format!(
                     "no other node is known to have a replica of shard {shard:#}"
                 ))
@@ -942,6 +947,30 @@ mod tests {
             "{reply:?}"
         );
         assert!(ended.duration_since(began) < Duration::from_secs(2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stale_read_is_asked_of_a_replica_and_not_of_the_leader_by_way_of_it() {
+        let transport = ScriptedTransport::new(|_| {
+            reply_after(Duration::ZERO, &ShardReply::GotMany(Vec::new()))
+        });
+        let node = TestContext::new(5, &transport);
+        let shards = LocalShards::new(node.context.clone());
+        let home = node.context.map().shard(SHARD).expect("a shard").home;
+        let reachability = node.context.registry.reachability();
+        reachability.set_unreachable(home, true);
+
+        let stale = Options {
+            consistency: Consistency::Stale,
+            ..proxied()
+        };
+        ShardAccess::call(&shards, SHARD, get(), stale).await;
+        let paths: Vec<String> = transport
+            .calls()
+            .into_iter()
+            .map(|call| call.path)
+            .collect();
+        assert_eq!(paths, ["/peer/shard"], "nobody need lead for it");
     }
 
     #[tokio::test(start_paused = true)]
