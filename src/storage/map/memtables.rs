@@ -16,7 +16,7 @@ use std::sync::atomic::{self, AtomicBool};
 use bytes::Bytes;
 
 use super::Applied;
-use super::record::{CORE_KEYS_START, RESERVED};
+use super::record::{RESERVED, core_keys};
 use crate::sm::ports::{
     Changes, Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart, WriteBatch,
 };
@@ -364,11 +364,7 @@ impl ReadGuard<'_> {
         seen: impl Fn(&Bytes) -> V + Copy + 'a,
         of_tree: impl FnOnce(&'a dyn Tree, &KeyRange) -> Items<'a, V>,
     ) -> Items<'a, V> {
-        let start = range.start.clone().max(Bytes::from_static(CORE_KEYS_START));
-        let range = KeyRange {
-            start,
-            end: range.end.clone(),
-        };
+        let range = core_keys(range);
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }

@@ -21,7 +21,7 @@ use bytes::Bytes;
 
 use super::disk_waits::ReadKind;
 use super::memtables::{Memtables, ReadGuard};
-use super::record::{CORE_KEYS_START, RESERVED};
+use super::record::{RESERVED, core_keys};
 use super::replica::{ReplicaMap, ReplicaMapInner};
 use super::store::MapStoreInner;
 use crate::sm::ports::{Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart};
@@ -169,12 +169,7 @@ impl Preview {
         of_tree: impl for<'t> Fn(&'t dyn Tree, &KeyRange) -> Items<'t, V> + 'a,
         weigh: fn(&V) -> usize,
     ) -> Items<'a, V> {
-        // The keys before are the tree's own records, and no part of the map.
-        let start = range.start.clone().max(Bytes::from_static(CORE_KEYS_START));
-        let range = KeyRange {
-            start,
-            end: range.end.clone(),
-        };
+        let range = core_keys(range);
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }

@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::Applied;
 use super::digest::Digest;
 use crate::sm::codec;
-use crate::sm::ports::StoreError;
+use crate::sm::ports::{KeyRange, StoreError};
 use crate::storage::ReplicaKey;
 
 /// The first byte of the keys that are the tree's own. The core's keys never begin with it, and
@@ -20,6 +20,15 @@ pub const RECORD_KEY: &[u8] = b"\0record";
 
 /// The least key that the core may use.
 pub const CORE_KEYS_START: &[u8] = &[RESERVED + 1];
+
+/// Returns the part of `range` in which the map's keys are: those before are the tree's own
+/// records, and no part of the map.
+pub fn core_keys(range: &KeyRange) -> KeyRange {
+    KeyRange {
+        start: range.start.clone().max(Bytes::from_static(CORE_KEYS_START)),
+        end: range.end.clone(),
+    }
+}
 
 /// The state of the tree as of its last batch. A tree without one is empty, or was never finished.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
