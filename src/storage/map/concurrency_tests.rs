@@ -4,7 +4,7 @@
 use parking_lot::Mutex;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -320,6 +320,82 @@ fn a_scan_that_writers_crowd_gives_up_twice_and_then_goes_through() {
     );
     while checkpointer.pump() {}
     assert!(state.wait_room().now_or_never().is_some());
+}
+
+/// Trees at whose every change the map is given one more table to write down, up to so many:
+/// writers who are as fast as the disk.
+fn fed_while_written(trees: &MemTrees, state: &ReplicaMap, tables_max: u64) -> Arc<AtomicU64> {
+    let tables = Arc::new(AtomicU64::new(0));
+    let (count, state) = (tables.clone(), state.clone());
+    trees.set_fault(Arc::new(move |step| {
+        if step == "write" && count.fetch_add(1, Ordering::Relaxed) < tables_max {
+            fill_table(&state);
+        }
+        Ok(())
+    }));
+    tables
+}
+
+fn fill_table(state: &ReplicaMap) {
+    let next = state.applied().log_id.map_or(0, |id| id.index) + 1;
+    let mut batch = WriteBatch::default();
+    batch.put(format!("n{next:04}"), vec![7; 4000]);
+    state.apply(batch, applied(next)).expect("applied");
+}
+
+/// What is more than enough for what must not follow writers for ever.
+const TABLES_MAX: u64 = 300;
+
+#[test]
+fn a_snapshot_is_built_though_writers_are_as_fast_as_the_disk() {
+    let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+    let (store, mut checkpointer) = open(&trees, &disk);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    fill_table(&state);
+    let tables = fed_while_written(&trees, &state, TABLES_MAX);
+    state.build_snapshot().expect("built");
+    let written = tables.load(Ordering::Relaxed);
+    assert!(written < TABLES_MAX, "it was built when the writers ended");
+
+    // Those that came meanwhile are not forgotten.
+    tables.store(TABLES_MAX, Ordering::Relaxed);
+    while checkpointer.pump() {}
+    assert_eq!(state.bytes().frozen, 0);
+}
+
+#[test]
+fn a_map_whose_writers_are_as_fast_as_the_disk_leaves_others_their_turn() {
+    let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+    let (store, mut checkpointer) = open(&trees, &disk);
+    let fed = store.replica(KEY, TestLog::durable()).expect("opened");
+    let other = ReplicaKey {
+        replica: ReplicaId(KEY.replica.0 + 1),
+        ..KEY
+    };
+    let other = store.replica(other, TestLog::durable()).expect("opened");
+    fill_table(&fed);
+    fill_table(&other);
+    let tables = fed_while_written(&trees, &fed, TABLES_MAX);
+    while other.bytes().frozen > 0 {
+        assert!(checkpointer.pump(), "it is not queued any more");
+    }
+    let written = tables.load(Ordering::Relaxed);
+    assert!(
+        written < TABLES_MAX,
+        "it had its turn when the writers ended"
+    );
+}
+
+#[test]
+fn a_clean_stop_does_not_wait_for_writers_who_go_on() {
+    let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+    let (store, _checkpointer) = open(&trees, &disk);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    fill_table(&state);
+    let tables = fed_while_written(&trees, &state, TABLES_MAX);
+    store.close().expect("closed");
+    let written = tables.load(Ordering::Relaxed);
+    assert!(written < TABLES_MAX, "it was closed when the writers ended");
 }
 
 #[test]

@@ -579,8 +579,13 @@ impl ReplicaMapInner {
     }
 
     /// Writes the frozen tables that may be written to the tree, the oldest first.
+    ///
+    /// Only those that are frozen now: writers may be as fast as the disk, and then a snapshot, a
+    /// copy, a stop or another map would wait for them for ever. Who holds the writer meanwhile
+    /// need not care for later ones: each is queued once it may be written.
     pub fn checkpoint_ready(&self, writer: &mut TreeWriter) -> Result<(), StoreError> {
-        loop {
+        let tables = self.read_memtables().frozen.len();
+        for _ in 0..tables {
             self.check()?;
             let (frozen, tree) = {
                 let tables = self.read_memtables();
@@ -606,6 +611,7 @@ impl ReplicaMapInner {
             self.shared.counters.count_checkpoint(started.elapsed());
             self.shared.changed.notify_waiters();
         }
+        self.check()
     }
 
     /// Returns whether the disk is too full for a table to be written down. It stays in memory
