@@ -30,6 +30,8 @@ pub enum Condition {
     None,
     /// `If-None-Match: *`
     Absent,
+    /// `If-Match: *`
+    Present,
     /// `If-Match` with the ETag that was read with, or answered for, this value.
     Holds(Value),
 }
@@ -39,7 +41,16 @@ impl Condition {
         match self {
             Condition::None => true,
             Condition::Absent => current.is_none(),
+            Condition::Present => current.is_some(),
             Condition::Holds(value) => current == Some(value),
+        }
+    }
+
+    /// Returns the value that it asks for.
+    pub fn named(self) -> Option<Value> {
+        match self {
+            Condition::None | Condition::Absent | Condition::Present => None,
+            Condition::Holds(value) => Some(value),
         }
     }
 }
@@ -48,9 +59,17 @@ impl Condition {
 pub enum Outcome {
     /// The value and its revision.
     Got(Option<(Value, u64)>),
+    /// The value, of which no revision was told.
+    Read(Option<Value>),
+    /// Whether there is a value.
+    Found(bool),
     Put {
         created: bool,
         revision: u64,
+    },
+    /// It was put, and no revision was told, nor perhaps whether the key was new.
+    Stored {
+        created: Option<bool>,
     },
     Deleted {
         existed: bool,

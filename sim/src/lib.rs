@@ -2,6 +2,7 @@
 //!
 //! - [`history`] and [`linearizable`]: records of what clients asked and were answered, and the
 //!   checker that judges them.
+//! - [`revisions`]: what the revisions of a slot tell of all its keys together.
 //! - [`campaign`]: seeds and settings of tests with randomness.
 //! - [`exposition`]: a strict reader of metrics.
 //! - `tests/crash_matrix`: whole nodes in one process, ended after every step of a view change.
@@ -13,3 +14,4 @@ pub mod campaign;
 pub mod exposition;
 pub mod history;
 pub mod linearizable;
+pub mod revisions;

@@ -188,25 +188,23 @@ impl Seen {
             named: HashSet::new(),
         };
         for operation in operations {
-            if let Action::Put {
-                condition: Condition::Holds(value),
-                ..
+            if let Action::Put { condition, .. } | Action::Delete { condition } = operation.action {
+                seen.named.extend(condition.named());
             }
-            | Action::Delete {
-                condition: Condition::Holds(value),
-            } = operation.action
-            {
-                seen.named.insert(value);
+            let read = match operation.outcome {
+                Outcome::Got(got) => got.map(|(value, _)| value),
+                Outcome::Read(read) => read,
+                _ => None,
+            };
+            if let Some(value) = read {
+                if !writes.contains(&value) {
+                    return Err(Violation::NeverWritten(Box::new(*operation)));
+                }
+                let first = seen.first_read.entry(value).or_insert(operation.returned);
+                *first = operation.returned.min(*first);
             }
             match (operation.action, operation.outcome) {
-                (_, Outcome::Got(Some((value, revision)))) => {
-                    if !writes.contains(&value) {
-                        return Err(Violation::NeverWritten(Box::new(*operation)));
-                    }
-                    let first = seen.first_read.entry(value).or_insert(operation.returned);
-                    *first = operation.returned.min(*first);
-                    seen.note(value, revision)?;
-                }
+                (_, Outcome::Got(Some((value, revision)))) => seen.note(value, revision)?,
                 (Action::Put { value, .. }, Outcome::Put { revision, .. }) => {
                     seen.note(value, revision)?
                 }
@@ -390,6 +388,8 @@ impl Search<'_> {
         let operation = &self.operations[id];
         match (operation.action, operation.outcome) {
             (Action::Get, Outcome::Got(got)) => got.map(|(got, _)| got) == value,
+            (Action::Get, Outcome::Read(read)) => read == value,
+            (Action::Get, Outcome::Found(found)) => found == value.is_some(),
             (
                 Action::Put { condition, .. } | Action::Delete { condition },
                 Outcome::ConditionFailed,
@@ -401,13 +401,15 @@ impl Search<'_> {
         }
     }
 
-    /// The revision of the value that the operation stored; none where it stored nothing.
+    /// The revision of the value that the operation stored; none where it stored nothing, or nobody
+    /// was told.
     fn revision_of(&self, id: usize) -> Option<u64> {
         let operation = &self.operations[id];
         match (operation.action, operation.outcome) {
-            (Action::Put { value, .. }, Outcome::Put { .. } | Outcome::Unknown) => {
-                self.seen.revisions.get(&value).copied()
-            }
+            (
+                Action::Put { value, .. },
+                Outcome::Put { .. } | Outcome::Stored { .. } | Outcome::Unknown,
+            ) => self.seen.revisions.get(&value).copied(),
             _ => None,
         }
     }
@@ -419,15 +421,18 @@ impl Search<'_> {
         match (operation.action, operation.outcome) {
             (
                 Action::Put { value, condition },
-                outcome @ (Outcome::Put { .. } | Outcome::Unknown),
+                outcome @ (Outcome::Put { .. } | Outcome::Stored { .. } | Outcome::Unknown),
             ) => {
-                let created_fits = match outcome {
-                    Outcome::Put { created, .. } => created == from.value.is_none(),
-                    _ => true,
+                let created = match outcome {
+                    Outcome::Put { created, .. } => Some(created),
+                    Outcome::Stored { created } => created,
+                    _ => None,
                 };
-                let revision = self
-                    .revision_of(id)
-                    .filter(|revision| *revision > from.revision)?;
+                let created_fits = created.is_none_or(|created| created == from.value.is_none());
+                let revision = match self.revision_of(id) {
+                    Some(revision) if revision <= from.revision => return None,
+                    known => known.unwrap_or(from.revision),
+                };
                 (condition.holds(from.value) && created_fits).then_some((Some(value), revision))
             }
             (Action::Delete { condition }, Outcome::Deleted { existed: true }) => {

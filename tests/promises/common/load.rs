@@ -665,6 +665,7 @@ impl Worker {
         request = match (condition, revision) {
             (Condition::None, _) => request,
             (Condition::Absent, _) => request.header("if-none-match", "*"),
+            (Condition::Present, _) => request.header("if-match", "*"),
             (Condition::Holds(_), revision) => request.header(
                 "if-match",
                 format!("\"{}\"", revision.expect("chosen with it")),
