@@ -137,10 +137,7 @@ pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
     );
     announce(&server.addresses());
     let store = Arc::new(RemoteStore::connect(members)?);
-    let lookout = Arc::new(GatewayHealth(GatewayReadiness::new(Arc::clone(&store))));
-    let metrics: Vec<Box<dyn Collector>> =
-        vec![Box::new(server.stats()), Box::new(lookout.clone())];
-    let app = App::new(store, lookout.clone(), metrics, None, limits.clone());
+    let (app, lookout) = served(store, vec![Box::new(server.stats())], limits.clone());
     let stop = CancellationToken::new();
     let stopping = async {
         tracing::info!("{}: stopping", told.await);
@@ -148,11 +145,24 @@ pub async fn run(arguments: GatewayArguments) -> Result<(), ServeError> {
     };
     tokio::join!(
         server.serve_app(app, stop.clone(), &limits),
-        lookout.0.run(&stop),
+        lookout.run(&stop),
         stopping
     );
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Returns the app that serves a cluster, with the metrics of whatever serves it, and what is to
+/// watch the cluster meanwhile.
+pub fn served(
+    store: Arc<RemoteStore>,
+    mut metrics: Vec<Box<dyn Collector>>,
+    limits: Limits,
+) -> (App, Arc<GatewayReadiness>) {
+    let lookout = Arc::new(GatewayReadiness::new(Arc::clone(&store)));
+    let health = Arc::new(GatewayHealth(lookout.clone()));
+    metrics.push(Box::new(health.clone()));
+    (App::new(store, health, metrics, None, limits), lookout)
 }
 
 /// Prints the ports on standard output, for scripts that wait for it. A closed output is no error.
@@ -167,7 +177,7 @@ fn announce(addresses: &[SocketAddr]) {
 }
 
 /// A [`GatewayReadiness`] as the HTTP side sees it.
-struct GatewayHealth(GatewayReadiness);
+struct GatewayHealth(Arc<GatewayReadiness>);
 
 impl Readiness for GatewayHealth {
     fn ready(&self) -> Result<(), NotReady> {
