@@ -4,6 +4,8 @@
 #   scripts/simulate.sh --seed S                one life, told line by line
 #   scripts/simulate.sh --seeds N --minutes M   many, until N were run or M minutes are over
 #   --faults kill,pause,partition,…             only these may happen; --help names them all
+#   --work-ms N                                 clients work for so long before all is healed
+#   --twice                                     each seed twice: the two runs must not differ
 #   --mutants                                   lists faults that can be put into nodes
 #   --mutant NAME --seeds N                     puts one in: ends with 1 once it is found
 #

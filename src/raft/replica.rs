@@ -193,6 +193,12 @@ impl Replica {
             .expect("the registry gives no witness out as a group")
     }
 
+    /// Returns the log.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn log(&self) -> &ReplicaLog {
+        &self.log
+    }
+
     /// Returns the group time that entries proposed now carry.
     pub fn time_ms(&self) -> u64 {
         self.apply_state.clock.now_ms()

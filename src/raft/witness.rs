@@ -28,6 +28,8 @@ use super::transport::wire::PeerRequest;
 use crate::mutants::{self, Mutant};
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
+#[cfg(any(test, feature = "testing"))]
+use crate::storage::log::ReplicaLog;
 use crate::types::ReplicaId;
 
 /// Interval at which a witness that leads checks whether another is up to date.
@@ -46,6 +48,12 @@ pub struct WitnessReplica(pub(super) Arc<Replica>);
 impl WitnessReplica {
     pub fn key(&self) -> ReplicaKey {
         self.0.key()
+    }
+
+    /// Returns the log.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn log(&self) -> &ReplicaLog {
+        self.0.log()
     }
 
     /// Returns the state of this witness at this moment.

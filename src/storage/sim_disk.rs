@@ -270,6 +270,17 @@ impl SimDisk {
             .collect()
     }
 
+    /// Returns the lowest place in a file at which something was written and not synced since.
+    pub fn unsynced_from(&self, path: &Path) -> Option<u64> {
+        let mut state = self.lock();
+        let pending = &state.inode_of(path)?.pending;
+        let places = pending.iter().filter_map(|change| match change {
+            InodeChange::Write { offset, .. } => Some(*offset),
+            InodeChange::Length(_) => None,
+        });
+        places.min()
+    }
+
     pub fn counts(&self) -> SimCounts {
         self.lock().counts
     }

@@ -304,6 +304,15 @@ impl Host {
             .unwrap_or_default()
     }
 
+    pub fn disk(&self) -> &SimDisk {
+        &self.disk
+    }
+
+    /// Counts the starts of the process.
+    pub fn starts(&self) -> u64 {
+        self.starts
+    }
+
     /// Looks at the process from within its runtime, where its clock is.
     pub fn within<T>(&self, look: impl FnOnce() -> T) -> Option<T> {
         let process = self.process.as_ref()?;

@@ -10,13 +10,12 @@ use quorate::api::view_change::{ReplicationFactor, Shards, ViewChange};
 use quorate::mutants::Mutant;
 use quorate::sm::cluster::view::PlacementSpec;
 use quorate::types::Address;
-use quorate_sim::linearizable;
 
 use super::clients::Clients;
 use super::determinism;
 use super::host::{End, Ended, Host};
 use super::network::Network;
-use super::oracles::Oracles;
+use super::oracles::{Depth, Oracles, floor};
 use super::random::SimRng;
 
 /// How long the world may take to be founded, or to get on after it was healed.
@@ -24,6 +23,8 @@ const PROGRESS_MS_MAX: u64 = 120_000;
 /// Between two looks at replicas, and at their maps.
 const LOOK_EVERY_MS: u64 = 20;
 const LOOK_DEEP_EVERY_MS: u64 = 1000;
+/// Between two looks whether nodes hold no more than they need.
+const FLOOR_EVERY_MS: u64 = 200;
 
 /// What may go wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -54,6 +55,18 @@ impl Fault {
         Fault::Reset,
         Fault::View,
     ];
+}
+
+/// What is simulated. The life follows from it, to the last byte.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scenario {
+    pub seed: u64,
+    /// What may go wrong.
+    pub faults: Vec<Fault>,
+    /// For how long clients work; None: the seed says.
+    pub work_ms: Option<u64>,
+    /// What is wrong with the nodes.
+    pub mutant: Option<Mutant>,
 }
 
 /// How a life went.
@@ -106,6 +119,7 @@ struct World {
     oracles: Oracles,
     random: SimRng,
     faults: Vec<Fault>,
+    work_ms: Option<u64>,
     events: BTreeMap<(u64, u64), Event>,
     events_planned: u64,
     paused: Vec<bool>,
@@ -113,12 +127,12 @@ struct World {
     life: Life,
 }
 
-/// Runs the life of a seed in this thread, which must be a new one.
-pub fn simulate(seed: u64, faults: &[Fault], mutant: Option<Mutant>) -> Life {
-    determinism::begin(seed);
+/// Runs a life in this thread, which must be a new one.
+pub fn simulate(scenario: &Scenario) -> Life {
+    determinism::begin(scenario.seed);
     quorate::blocking::testing::do_inline();
-    quorate::mutants::testing::put_in(mutant);
-    let mut world = World::new(seed, faults);
+    quorate::mutants::testing::put_in(scenario.mutant);
+    let mut world = World::new(scenario);
     if let Err(violation) = world.live() {
         world.tell(&format!("violation: {violation}"));
         world.life.violation = Some(violation);
@@ -127,7 +141,8 @@ pub fn simulate(seed: u64, faults: &[Fault], mutant: Option<Mutant>) -> Life {
 }
 
 impl World {
-    fn new(seed: u64, faults: &[Fault]) -> Self {
+    fn new(scenario: &Scenario) -> Self {
+        let (seed, faults) = (scenario.seed, &scenario.faults);
         let mut random = SimRng::new(seed, "world");
         let has_views = faults.contains(&Fault::View);
         let spares = if has_views { random.below(3) } else { 0 };
@@ -137,7 +152,7 @@ impl World {
         let address = |name: String| -> Address { name.parse().expect("an address") };
         let addresses: Vec<Address> = (0..nodes)
             .map(|node| address(format!("node-{node}:1")))
-            .chain((0..=clients).map(|client| address(format!("client-{client}:1"))))
+            .chain(Clients::host_names(clients).into_iter().map(address))
             .collect();
         let network = Network::new(&addresses, SimRng::new(seed, "network"));
         let view = addresses[..members].to_vec();
@@ -160,7 +175,8 @@ impl World {
             clients,
             oracles: Oracles::default(),
             random,
-            faults: faults.to_vec(),
+            faults: faults.clone(),
+            work_ms: scenario.work_ms,
             events: BTreeMap::new(),
             events_planned: 0,
             paused: vec![false; nodes],
@@ -170,8 +186,6 @@ impl World {
     }
 
     fn live(&mut self) -> Result<(), String> {
-        let count = self.random.between(8, 24);
-        let keys: Arc<Vec<String>> = Arc::new((0..count).map(|n| format!("key-{n:02}")).collect());
         for host in 0..self.hosts.len() {
             self.hosts[host].start();
         }
@@ -179,13 +193,15 @@ impl World {
         self.until("the cluster is founded", || settled.lock().is_some())?;
         settled.lock().take().unwrap_or(Ok(()))?;
         self.tell("founded");
+        self.oracles.watch_keys(&self.clients.workload().keys);
 
-        self.clients.begin(&keys);
+        self.clients.begin();
         if !self.faults.is_empty() {
             self.plan(1000, Event::Strike);
         }
-        let work_ms = self.random.between(8_000, 20_000);
-        let until = self.now_ms + work_ms;
+        // Drawn in any case, so that all else stays as it was.
+        let drawn_ms = self.random.between(8_000, 20_000);
+        let until = self.now_ms + self.work_ms.unwrap_or(drawn_ms);
         while self.now_ms < until {
             self.tick()?;
         }
@@ -195,23 +211,36 @@ impl World {
         self.clients.end();
         let book = self.clients.book();
         self.until("the requests end", || book.lock().are_over())?;
-        let read = self.clients.read_all(&keys);
+        let read = self.clients.read_all();
         self.until("all is read", || read.lock().is_some())?;
         read.lock().take().unwrap_or(Ok(()))?;
         let settled = self.clients.settle();
         self.until("the cluster settles", || settled.lock().is_some())?;
         settled.lock().take().unwrap_or(Ok(()))?;
-        self.oracles.look(&self.hosts, true)?;
+        self.oracles.look(&self.hosts, Depth::Deep)?;
         self.tell("read");
-        self.check_histories()
+        self.check_histories()?;
+        self.await_floor()
+    }
+
+    /// Waits until nodes hold no more than they need.
+    fn await_floor(&mut self) -> Result<(), String> {
+        let deadline = self.now_ms + PROGRESS_MS_MAX;
+        while let Err(what) = floor::check(&self.hosts) {
+            if self.now_ms > deadline {
+                return Err(format!("nothing is asked for, and yet {what}"));
+            }
+            for _ in 0..FLOOR_EVERY_MS {
+                self.tick()?;
+            }
+        }
+        self.tell("idle");
+        Ok(())
     }
 
     fn check_histories(&self) -> Result<(), String> {
         let book = self.clients.book();
-        for (key, operations) in &book.lock().operations {
-            linearizable::check(operations).map_err(|violation| format!("{key}: {violation}"))?;
-        }
-        Ok(())
+        book.lock().check(&self.oracles.revisions())
     }
 
     fn until(&mut self, what: &str, is_done: impl Fn() -> bool) -> Result<(), String> {
@@ -225,16 +254,31 @@ impl World {
         Ok(())
     }
 
+    /// Has the oracles look. `is_before_event`: before something happens that may hide what is.
+    fn look(&mut self, is_before_event: bool) -> Result<(), String> {
+        let depth = match self.now_ms {
+            _ if is_before_event => Depth::Usual,
+            now_ms if now_ms.is_multiple_of(LOOK_DEEP_EVERY_MS) => Depth::Deep,
+            now_ms if now_ms.is_multiple_of(LOOK_EVERY_MS) => Depth::Usual,
+            _ => Depth::Shallow,
+        };
+        self.oracles.look(&self.hosts, depth)
+    }
+
     /// A millisecond of the world.
     fn tick(&mut self) -> Result<(), String> {
         self.now_ms += 1;
         determinism::set_now_ms(self.now_ms);
         self.network.advance(self.now_ms);
+        let mut looked = false;
         while let Some(entry) = self.events.first_entry() {
             if entry.key().0 > self.now_ms {
                 break;
             }
             let event = entry.remove();
+            if !std::mem::replace(&mut looked, true) {
+                self.look(true)?;
+            }
             self.happen(event);
         }
         for index in 0..self.hosts.len() {
@@ -245,6 +289,7 @@ impl World {
             match self.hosts[index].take_end() {
                 None => {}
                 Some(Ended::Again(why)) => {
+                    self.oracles.forget();
                     self.tell(&format!("node {index} starts again: {why}"));
                     self.plan(100, Event::Restart(index));
                 }
@@ -252,11 +297,7 @@ impl World {
             }
         }
         self.clients.step();
-        if self.now_ms.is_multiple_of(LOOK_EVERY_MS) {
-            let is_deep = self.now_ms.is_multiple_of(LOOK_DEEP_EVERY_MS);
-            self.oracles.look(&self.hosts, is_deep)?;
-        }
-        Ok(())
+        self.look(false)
     }
 
     fn plan(&mut self, in_ms: u64, event: Event) {
@@ -438,12 +479,11 @@ impl World {
         let book = book.lock();
         self.life.operations = book.answered + book.unanswered;
         let counts = format!(
-            "{} answered, {} of unknown outcome, {} refused; {} leaders, {} maps compared",
+            "{} answered, {} of unknown outcome, {} refused; {}",
             book.answered,
             book.unanswered,
             book.refused,
-            self.oracles.leaders_seen,
-            self.oracles.maps_compared
+            self.oracles.counts()
         );
         drop(book);
         self.tell(&counts);

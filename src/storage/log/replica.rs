@@ -180,6 +180,14 @@ impl ReplicaLog {
         self.replica.lock().synced
     }
 
+    /// The files of the log that this replica is in, and how far each of them is held for synced.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn synced_files(&self) -> Vec<(std::path::PathBuf, u64)> {
+        let segments = self.log.shared().segments.read();
+        let views = segments.values();
+        views.map(|view| (view.path.clone(), view.end)).collect()
+    }
+
     /// Calls `f` once the log is synced through `id`: at once if it is, with an error if it never
     /// will be because the replica was wiped or the log failed or was closed.
     pub fn on_synced(&self, id: LogId, f: Done) {
