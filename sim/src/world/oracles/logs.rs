@@ -69,7 +69,7 @@ impl LogOracle {
                 let unsynced = host.disk().unsynced_from(&path);
                 if let Some(unsynced) = unsynced.filter(|unsynced| *unsynced < end) {
                     return Err(format!(
-                        "node {} holds {} for synced through {end}, and it is so through {unsynced}",
+                        "node {} holds {} for synced through {end}, and it is not from {unsynced}",
                         host.index,
                         path.display()
                     ));
