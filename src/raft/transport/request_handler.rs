@@ -411,11 +411,11 @@ impl Drop for FrameSlot {
 /// Returns true if the entries of an append go on after `previous` without a gap, and no term
 /// falls. openraft looks at this in debug builds only, and the log would take it for an error of
 /// its own.
-fn follows(previous: Option<LogId>, entries: &[LogEntry]) -> bool {
+pub(in crate::raft) fn follows(previous: Option<LogId>, entries: &[LogEntry]) -> bool {
     let mut last = previous;
     entries.iter().map(|entry| entry.id).all(|id| {
         let fits = match last {
-            Some(last) => id.index == last.index + 1 && id.term >= last.term,
+            Some(last) => last.index.checked_add(1) == Some(id.index) && id.term >= last.term,
             None => id.index == 0,
         };
         last = Some(id);
@@ -456,5 +456,13 @@ mod tests {
         }
         assert!(follows(None, &entries(&[(0, 0), (1, 1)])));
         assert!(!follows(None, &entries(&[(1, 1)])));
+        let end = Some(LogId {
+            term: 2,
+            index: u64::MAX,
+        });
+        assert!(
+            !follows(end, &entries(&[(2, 0)])),
+            "nothing follows the end"
+        );
     }
 }
