@@ -250,7 +250,8 @@ fn read_head(file: &dyn DiskFile) -> Result<(SnapshotHead, u64, u32), StoreError
     let head_bytes = u32_at(&start, 12) as usize;
 
     // The checksum comes after the head, so its length is bounded before it is believed.
-    if head_bytes > HEAD_BYTES_MAX {
+    let whole_bytes = (HEAD_START_BYTES + head_bytes + CRC_BYTES) as u64;
+    if head_bytes > HEAD_BYTES_MAX || whole_bytes > file.len().map_err(unreadable)? {
         return Err(damaged("the length of its head is impossible"));
     }
     let bytes = read_exactly(file, 0, HEAD_START_BYTES + head_bytes + CRC_BYTES)?;
