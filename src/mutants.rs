@@ -57,6 +57,8 @@ mutants! {
         "a slot that was moved counts its revisions from the start"
     StrangersViewBelieved "strangers-view-believed"
         "a view of another cluster is taken for a newer one of this"
+    OlderCopyAccepted "older-copy-accepted"
+        "a node goes on from an older copy of its directory, and nobody refuses it"
     WitnessPurgesWhatOthersLack "witness-purges-what-others-lack"
         "a witness purges its log though a replica with a map lacks it"
 }
