@@ -7,6 +7,8 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod descriptors;
+#[cfg(test)]
+mod fuzzing;
 pub mod http;
 pub mod metrics;
 pub mod mutants;

@@ -5,6 +5,8 @@
 //! `node` and `client` answer them.
 
 pub mod failure;
+#[cfg(test)]
+pub(crate) mod fuzz;
 pub mod peer;
 pub mod protocol;
 pub mod shard_map;

@@ -2,6 +2,8 @@
 //! native dialect ([`native`]), and what gateways and health checks ask.
 
 mod address_book;
+#[cfg(test)]
+pub(crate) mod fuzz;
 pub mod gateway_readiness;
 pub mod health;
 pub mod native;

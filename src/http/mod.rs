@@ -14,6 +14,8 @@ mod change_waiters;
 mod crowd_tests;
 mod dialect;
 mod dialects;
+#[cfg(test)]
+pub(crate) mod fuzz;
 pub mod health;
 pub mod limits;
 pub mod media;

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-pub use self::site::{Reply, Site, Wire, request};
+pub use self::site::{Reply, Site, Wire, request, router};
 use super::{NotReady, PeerService, Readiness};
 use crate::api::peer::{
     Announcement, DiskReport, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting,

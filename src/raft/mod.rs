@@ -33,6 +33,8 @@ mod context;
 mod election;
 mod errors;
 mod fair_budget;
+#[cfg(test)]
+pub(crate) mod fuzz;
 mod log_recovery;
 mod log_store;
 mod map_hold;

@@ -9,6 +9,8 @@ pub mod agreement;
 pub mod cluster;
 pub mod codec;
 pub mod disk_level;
+#[cfg(test)]
+pub(crate) mod fuzz;
 pub mod kv;
 pub mod level;
 pub mod log_space;

@@ -5,6 +5,8 @@
 pub mod background;
 pub mod directory;
 pub mod disk;
+#[cfg(test)]
+pub(crate) mod fuzz;
 pub mod log;
 pub mod map;
 #[cfg(any(test, feature = "testing"))]

@@ -167,6 +167,13 @@ pub fn write_leveled<T: Serialize>(
     written.map_err(|source| SealedError::Io { path, source })
 }
 
+/// Returns a file with this value and its checksum, whether it is JSON or not.
+#[cfg(test)]
+pub(super) fn assembled(format: u64, value: &str) -> String {
+    let checksum = checksum(value);
+    format!(r#"{{"format":{format},"checksum":"{checksum}","value":{value}}}"#)
+}
+
 /// The checksum of a JSON text, whatever white space is between its parts.
 fn checksum(json: &str) -> String {
     let mut compact = Vec::with_capacity(json.len());

@@ -24,6 +24,18 @@ pub struct Site {
     serving: JoinHandle<()>,
 }
 
+/// Returns the routes over a [`FakeStore`], without a server.
+pub fn router() -> axum::Router {
+    let app = App::new(
+        Arc::new(FakeStore::default()),
+        Arc::new(Switch::default()),
+        Vec::new(),
+        Some(Arc::new(Echo)),
+        Limits::default(),
+    );
+    crate::http::router(app)
+}
+
 impl Site {
     pub async fn start() -> Site {
         Self::with(Limits::default()).await

@@ -23,6 +23,8 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
+#[cfg(test)]
+pub(super) use self::request_handler::follows;
 use crate::raft::transport::lanes::PeerDirectories;
 use crate::raft::transport::wire::{PeerRefusal, WireError};
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};

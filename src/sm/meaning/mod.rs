@@ -159,7 +159,7 @@ fn hex(bytes: &[u8]) -> String {
     }
 }
 
-fn bytes(text: &str) -> Bytes {
+pub(in crate::sm) fn bytes(text: &str) -> Bytes {
     let digit = |at: &str| u8::from_str_radix(at, 16).expect("two digits");
     let (mut bytes, mut rest) = (Vec::new(), if text == "none" { "" } else { text });
     while !rest.is_empty() {

@@ -35,6 +35,8 @@ mod activity;
 mod change;
 mod disk_room;
 mod free_space;
+#[cfg(test)]
+pub(crate) mod fuzz;
 mod handle;
 mod index;
 mod queue;

@@ -143,16 +143,18 @@ pub(super) fn encode(
     // The header holds the body's length and checksum, so it is filled in afterwards.
     buffer.extend_from_slice(&[0; HEADER_BYTES]);
     let kind = encode_body(buffer, record);
-    let body_crc = {
-        let mut hasher = place.seed();
-        hasher.update(&buffer[at + HEADER_BYTES..]);
-        hasher.finalize()
-    };
-    let body_len =
-        u32::try_from(buffer.len() - at - HEADER_BYTES).expect("appends beyond this are refused");
+    seal(&mut buffer[at..], place, key, kind);
+}
+
+/// Fills in the header of a record whose body is behind it.
+pub(super) fn seal(record: &mut [u8], place: RecordPlace, key: ReplicaKey, kind: u8) {
+    let (header, body) = record.split_at_mut(HEADER_BYTES);
+    let mut hasher = place.seed();
+    hasher.update(body);
+    let body_crc = hasher.finalize();
+    let body_len = u32::try_from(body.len()).expect("appends beyond this are refused");
 
     // A checksum of its own lets a reader trust the length before it has read the body.
-    let header = &mut buffer[at..at + HEADER_BYTES];
     header[..2].copy_from_slice(&MAGIC);
     header[2] = FORMAT;
     header[3] = kind;

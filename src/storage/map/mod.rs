@@ -40,6 +40,8 @@ mod compaction;
 pub mod digest;
 mod disk_waits;
 mod errors;
+#[cfg(test)]
+pub(crate) mod fuzz;
 mod install;
 mod memtables;
 mod open;

@@ -337,6 +337,43 @@ fn decode_trailer(bytes: &[u8]) -> Result<Trailer, StoreError> {
     })
 }
 
+/// Returns a file with this head and these blocks, each with so many pairs, and a trailer that fits
+/// them, whether any of it makes sense or not.
+#[cfg(test)]
+pub(in crate::storage) fn assembled(head: &[u8], blocks: &[(u32, &[u8])]) -> Vec<u8> {
+    let mut file = [
+        MAGIC,
+        &FORMAT.to_le_bytes()[..],
+        &(head.len() as u32).to_le_bytes(),
+    ]
+    .concat();
+    file.extend_from_slice(head);
+    let head_checksum = crc32fast::hash(&file);
+    file.extend_from_slice(&head_checksum.to_le_bytes());
+    let (mut digest, mut hasher) = (Digest::default(), PairHasher::default());
+    for (pairs, body) in blocks {
+        let offset = file.len() as u64;
+        let mut start = vec![KIND_BLOCK];
+        start.extend_from_slice(&(body.len() as u32).to_le_bytes());
+        start.extend_from_slice(&pairs.to_le_bytes());
+        start.extend_from_slice(&placed_checksum(offset, &start).to_le_bytes());
+        file.extend_from_slice(&start);
+        file.extend_from_slice(body);
+        file.extend_from_slice(&placed_checksum(offset, body).to_le_bytes());
+        let mut rest = *body;
+        while let Some((key, value)) = split_pair(&mut rest) {
+            digest.add(hasher.hash(key, value));
+        }
+    }
+    let file_bytes = (file.len() + TRAILER_BYTES) as u64;
+    file.extend_from_slice(&encode_trailer(&Trailer {
+        digest,
+        file_bytes,
+        head_checksum,
+    }));
+    file
+}
+
 /// A checksum that also holds where the bytes are.
 fn placed_checksum(offset: u64, bytes: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
