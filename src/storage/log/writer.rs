@@ -26,6 +26,7 @@ use super::replay::{Replayed, replay};
 use super::replica_state::ReplicaLogInner;
 use super::segment::{ActiveSegment, PreparedSegment, SegmentFiles};
 use super::{Done, Expect, LogEntry, LogFailure, LogOptions, OpenLogError, with_context};
+use crate::blocking;
 use crate::mutants::{self, Mutant};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, ensure_dir};
@@ -257,12 +258,12 @@ impl LogWriter {
         while !self.stopped {
             // Only a log without its closing mark has something to do when idle: others sleep.
             self.shared.queue.wait(self.unmarked.then_some(idle));
-            self.step();
+            blocking::at_once(self.step());
         }
     }
 
-    /// The same as a task, on a runtime with a clock. Its writes and syncs block the thread: for
-    /// simulation.
+    /// The same as a task, on a runtime with a clock: for simulation, where it waits as long as the
+    /// disk is said to take.
     pub async fn run_in_task(mut self) {
         let idle = Duration::from_millis(self.options.idle_ms);
         while !self.stopped {
@@ -276,14 +277,14 @@ impl LogWriter {
                 false
             };
             if elapsed || !queue.is_empty() || queue.is_closing() {
-                self.step();
+                self.step().await;
             }
         }
     }
 
-    fn step(&mut self) {
+    async fn step(&mut self) {
         self.shared.activity.enter(WriterPhase::Writes);
-        if !self.pump() && self.shared.queue.is_closing() {
+        if !self.pump_in_task().await && self.shared.queue.is_closing() {
             // Nothing is synced from here on, so those who wait for an entry would wait for ever.
             self.stopped = true;
             let closed = LogFailure::closed();
@@ -297,6 +298,10 @@ impl LogWriter {
     /// Writes and syncs what waits, and calls back. With nothing waiting, does what an idle log
     /// does: writes the closing mark, then cleans. False if there was nothing to do.
     pub fn pump(&mut self) -> bool {
+        blocking::at_once(self.pump_in_task())
+    }
+
+    async fn pump_in_task(&mut self) -> bool {
         if self.stopped {
             return false;
         }
@@ -309,18 +314,15 @@ impl LogWriter {
         let idle = taken.ops.is_empty();
         self.unmarked = !idle;
         let segment = self.active.number;
-        self.write_taken(taken);
+        self.write_taken(taken).await;
         if self.stopped {
             return true;
         }
-        let kept_up = self.reclaim().and_then(|()| {
-            // Cleaning costs writes and a sync. Appends must not wait for it with every batch.
-            if idle || segment != self.active.number {
-                self.clean()
-            } else {
-                Ok(())
-            }
-        });
+        let mut kept_up = self.reclaim();
+        // Cleaning costs writes and a sync. Appends must not wait for it with every batch.
+        if kept_up.is_ok() && (idle || segment != self.active.number) {
+            kept_up = self.clean().await;
+        }
         if let Err(error) = kept_up.and_then(|()| self.prepare_next()) {
             self.fail(&error, Vec::new());
         }
@@ -328,7 +330,7 @@ impl LogWriter {
     }
 
     /// Writes one batch and calls back, also where that fails.
-    fn write_taken(&mut self, taken: QueuedWork) {
+    async fn write_taken(&mut self, taken: QueuedWork) {
         let QueuedWork { mut ops, committed } = taken;
         let need = ops.iter().map(|op| op.change.bytes()).sum::<usize>()
             + committed.len() * SMALL_RECORD_BYTES_MAX;
@@ -348,7 +350,7 @@ impl LogWriter {
                 }
             })
         });
-        if let Err(error) = written {
+        if let Err(error) = written.await {
             return self.fail(&error, ops);
         }
 
@@ -380,12 +382,12 @@ impl LogWriter {
 
     /// Encodes what `fill` puts into a batch, writes it behind a mark, and syncs. `need` is at
     /// least what it takes.
-    fn write_batch(
+    async fn write_batch(
         &mut self,
         need: usize,
         fill: impl FnOnce(&mut LogLedger, &mut EncodedBatchRecords) -> io::Result<()>,
     ) -> io::Result<()> {
-        self.make_room((HEADER_BYTES + need) as u64)?;
+        self.make_room((HEADER_BYTES + need) as u64).await?;
         let start = RecordPlace {
             binding: self.options.binding,
             segment: self.active.number,
@@ -425,6 +427,7 @@ impl LogWriter {
         // A failed sync is final: the kernel may drop the pages, and the next sync would succeed
         // without them.
         let began = Instant::now();
+        blocking::wait_for_the_disk().await;
         if !mutants::is_on(Mutant::AnswerBeforeSync) {
             self.active.file.sync().map_err(|error| {
                 with_context(error, format_args!("sync {}", self.active.path.display()))
@@ -443,7 +446,7 @@ impl LogWriter {
     }
 
     /// Makes room for `bytes` in the active segment, or in a new one; waits where the disk is full.
-    fn make_room(&mut self, bytes: u64) -> io::Result<()> {
+    async fn make_room(&mut self, bytes: u64) -> io::Result<()> {
         let mut made = self.try_make_room(bytes);
         while let Err(error) = &made
             && self.may_wait_for_room(error)
@@ -454,7 +457,7 @@ impl LogWriter {
             }
             // It does not hang: it looks, and tells of it by itself.
             self.shared.activity.enter(WriterPhase::Writes);
-            std::thread::sleep(ROOM_PAUSE);
+            blocking::pause(ROOM_PAUSE).await;
             made = self.try_make_room(bytes);
         }
         if self
@@ -477,7 +480,7 @@ impl LogWriter {
         );
         let is_ending =
             self.shared.queue.is_closing() || self.shared.room.is_given_up.load(Ordering::Relaxed);
-        is_full && self.options.waits_for_room && !is_ending
+        is_full && self.options.waits_for_room && !is_ending && blocking::may_pause()
     }
 
     fn try_make_room(&mut self, bytes: u64) -> io::Result<()> {
@@ -566,7 +569,7 @@ impl LogWriter {
     }
 
     /// Rebases small replicas that pin the oldest segment, while most of the log is dead.
-    fn clean(&mut self) -> io::Result<()> {
+    async fn clean(&mut self) -> io::Result<()> {
         // Bounded, because appends wait while entries are moved.
         let mut budget = self.files.segment_bytes / 4;
         while self.wants_cleaning() {
@@ -578,7 +581,7 @@ impl LogWriter {
                 break;
             };
             for (replica, live_bytes) in pinning {
-                if !self.rebase(&replica)? {
+                if !self.rebase(&replica).await? {
                     return Ok(());
                 }
                 self.unmarked = true;
@@ -622,7 +625,7 @@ impl LogWriter {
     /// Writes the replica's whole live state at the end of the log, in one synced batch. Readers
     /// are sent there only after that. False if an entry can't be read: it then stays where it is,
     /// and who needs it meets the error.
-    fn rebase(&mut self, replica: &Arc<ReplicaLogInner>) -> io::Result<bool> {
+    async fn rebase(&mut self, replica: &Arc<ReplicaLogInner>) -> io::Result<bool> {
         // Only this thread changes what is written, so the lock need not be held while the disk is
         // read.
         let (head, located) = {
@@ -654,7 +657,8 @@ impl LogWriter {
                 placed.push((record, spot));
             }
             Ok(())
-        })?;
+        })
+        .await?;
 
         self.ledger.follow(replica, &placed)?;
         self.shared.counters().rebases += 1;

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
+use crate::blocking::testing::{self as blocking, DiskPace};
 use crate::storage::disk::Open;
 use crate::storage::testing::{hex, unhex};
 use crate::storage::watched_disk::WatchedDisk;
@@ -533,6 +534,31 @@ async fn as_a_task_the_writer_marks_when_idle_and_ends_when_closed() {
         .append(run_of(1, 3..4, 10), Box::new(|_| ()))
         .expect_err("a closed log");
     assert!(log.failed().borrow().is_none(), "closed is not failed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn as_a_task_the_writer_lets_others_go_on_between_a_write_and_its_sync() {
+    blocking::do_inline();
+    let (disk, _log, writer, replica, outcomes) = one(&LogOptions::default());
+    let _task = tokio::spawn(writer.run_in_task());
+    blocking::pace(Some(DiskPace {
+        seed: 7,
+        one_in: 1,
+        wait_ms_max: 1000,
+    }));
+    let before = disk.counts();
+    replica
+        .append(run_of(1, 0..3, 10), outcomes.done())
+        .expect("an append");
+    while disk.counts().writes == before.writes {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(disk.counts().syncs, before.syncs, "the sync has to wait");
+    assert_eq!(outcomes.good(), 0, "acknowledged before it is synced");
+
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    assert_eq!(outcomes.good(), 1);
+    blocking::pace(None);
 }
 
 /// More waits than one batch takes, and the entry that is committed is in the part that does not
