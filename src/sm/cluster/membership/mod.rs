@@ -207,6 +207,21 @@ fn is_ready(replica: ReplicaId, group: &GroupSpec, now: &ObservedMembership) -> 
     is_safe && now.caught_up.contains(&replica) && now.alive.contains(&replica)
 }
 
+/// Returns true if a voter keeps a witness away: that votes only once every voter with a map has
+/// all that is committed, and this one is not up.
+fn keeps_witness_away(
+    voter: ReplicaId,
+    behind: &Replicas,
+    group: &GroupSpec,
+    now: &ObservedMembership,
+) -> bool {
+    let waits = |replica: &ReplicaId| {
+        group.is_witness(*replica) && now.alive.contains(replica) && now.caught_up.contains(replica)
+    };
+    let has_map = !now.witnesses.contains(&voter) && !group.is_witness(voter);
+    has_map && !now.alive.contains(&voter) && behind.iter().any(waits)
+}
+
 /// The voters to go on with; none: those of now.
 fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> {
     let wanted = group.electorate();
@@ -238,8 +253,12 @@ fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> 
 
         // One witness at most, so that in every majority all voters but one have a map.
         let has_witness = next.iter().any(|replica| group.is_witness(*replica));
+
+        // One whose disk is lost would stand in for a witness that waits for it.
         let may = |replica: &ReplicaId| {
-            Some(*replica) != outgoing && !(has_witness && now.witnesses.contains(replica))
+            Some(*replica) != outgoing
+                && !(has_witness && now.witnesses.contains(replica))
+                && !keeps_witness_away(*replica, &behind, group, now)
         };
         let mut standing_in: Vec<ReplicaId> = rest.into_iter().filter(may).collect();
         standing_in.sort_by_key(|replica| {
@@ -450,6 +469,49 @@ mod tests {
             next(&both, &observed),
             MembershipStep::SetVoters(set(&[1, 2, 4])),
             "2 stands in, and not the old witness"
+        );
+    }
+
+    #[test]
+    fn a_dead_voter_that_goes_keeps_no_witness_away() {
+        let group = with_witness(group(&[1, 2, 3], &[1, 3]), 4);
+        let all = [1, 3, 4];
+        let alone = with(now(1, &[1, 2, 3], &[4], &all, &all), &[4], &all);
+        assert_eq!(
+            next(&group, &alone),
+            MembershipStep::SetVoters(set(&[1, 3]))
+        );
+        let rid_of = with(now(1, &[1, 3], &[2, 4], &all, &all), &[4], &all);
+        assert_eq!(next(&group, &rid_of), MembershipStep::SetVoters(set(&all)));
+        let behind = with(now(1, &[1, 2, 3], &[4], &all, &[1, 3]), &[4], &[1, 3]);
+        assert_eq!(
+            next(&group, &behind),
+            MembershipStep::Wait,
+            "the witness is not there yet"
+        );
+    }
+
+    /// The disk of 2 is lost. 4 is to be where the witness 3 is, and 5 is the next witness.
+    #[test]
+    fn a_witness_is_moved_when_a_disk_is_lost() {
+        let mut group = with_witness(group(&[1, 2, 3], &[1, 4]), 5);
+        group.replicas = BTreeMap::from([(ReplicaId(1), NodeId(1)), (ReplicaId(4), NodeId(3))]);
+        let all = [1, 3, 4, 5];
+        let step = |voters: &[u64], learners: &[u64]| {
+            let now = now(1, voters, learners, &all, &[1, 3, 5]);
+            next(&group, &with(now, &[3, 5], &[1, 3, 5]))
+        };
+        assert_eq!(
+            step(&[1, 2, 3], &[5]),
+            MembershipStep::SetVoters(set(&[1, 3]))
+        );
+        assert_eq!(
+            step(&[1, 3], &[2, 5]),
+            MembershipStep::SetVoters(set(&[1, 5]))
+        );
+        assert_eq!(
+            step(&[1, 5], &[2, 3]),
+            MembershipStep::RemoveLearners(set(&[2, 3]))
         );
     }
 
