@@ -249,6 +249,12 @@ impl Registry {
         self.liveness.last_heard(node)
     }
 
+    /// Returns true if the peer was heard of within this time, and its process has not died since,
+    /// as far as can be seen from here.
+    pub fn is_up(&self, node: NodeId, within: Duration) -> bool {
+        self.liveness.is_up(node, within)
+    }
+
     /// Ignores broken lanes from now on, because this node is about to cut them itself.
     pub fn begin_to_close(&self) {
         self.closing.store(true, Ordering::Relaxed);

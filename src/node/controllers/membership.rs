@@ -155,9 +155,11 @@ impl MembershipSteps {
         // Of a node that is no member of anything yet nothing was heard: it is asked when it is to
         // be added.
         let is_up = |replica: &ReplicaId, node: &NodeId| {
-            let heard = || self.context.heard_within(*node, HEARD_WITHIN);
+            // Not only heard of: for one that has died since, what its vote is counted on for would
+            // wait for ever if its disk is lost.
+            let is_running = || self.context.registry.is_up(*node, HEARD_WITHIN);
             *replica == me
-                || heard()
+                || is_running()
                 || !membership.is_member(*replica) && !refused.contains_key(replica)
         };
 

@@ -76,6 +76,13 @@ impl PeerLiveness {
             .is_some_and(|at| at.elapsed() < DISCONNECTED_FOR)
     }
 
+    /// Returns true if the peer was heard of within this time, and its process has not died since,
+    /// as far as can be seen from here.
+    pub fn is_up(&self, node: NodeId, within: Duration) -> bool {
+        let heard = self.last_heard(node);
+        heard.is_some_and(|at| at.elapsed() < within) && !self.is_disconnected(node)
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, PeerSigns>> {
         self.0.lock()
     }
@@ -84,6 +91,22 @@ impl PeerLiveness {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_was_heard_of_just_now_is_not_up_once_its_lanes_broke() {
+        let (liveness, peer) = (PeerLiveness::default(), NodeId(2));
+        let within = Duration::from_millis(1500);
+        assert!(!liveness.is_up(peer, within), "nothing was heard of it");
+        liveness.on_lane_up(peer);
+        liveness.note_frame(peer);
+        assert!(liveness.is_up(peer, within));
+        assert!(liveness.on_lane_down(peer));
+        assert!(!liveness.is_up(peer, within), "its process has died");
+        liveness.note_frame(peer);
+        assert!(liveness.is_up(peer, within), "it is back");
+        tokio::time::advance(within).await;
+        assert!(!liveness.is_up(peer, within), "it is silent");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_is_cut_when_its_last_lane_breaks_until_it_is_heard_again_or_for_a_while() {
