@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod mutants;
 pub mod node;
 pub mod raft;
+pub mod rare;
 pub mod routing;
 pub mod sm;
 pub mod storage;

@@ -14,6 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("types", &[]),
     ("blocking", &[]),
     ("mutants", &[]),
+    ("rare", &[]),
     ("budget", &[]),
     ("error", &["types"]),
     ("telemetry", &["types"]),
@@ -26,6 +27,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "storage",
         &[
             "mutants",
+            "rare",
             "blocking",
             "types",
             "error",
@@ -40,6 +42,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "raft",
         &[
             "mutants",
+            "rare",
             "blocking",
             "types",
             "budget",
@@ -65,6 +68,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "node",
         &[
             "mutants",
+            "rare",
             "blocking",
             "types",
             "metrics",

@@ -29,6 +29,7 @@ use crate::raft::ProposeError;
 use crate::raft::Replica;
 use crate::raft::transport::Resolver;
 use crate::raft::{Registry, WitnessReplica};
+use crate::rare::{self, RareBranch};
 use crate::routing::call::ShardCaller;
 use crate::routing::peer_caller::{PeerCaller, PeerError};
 use crate::sm::cluster::meta;
@@ -386,6 +387,10 @@ impl NodeContext {
     }
 
     fn set_hint(&self, shard: GroupId, leader: Option<NodeId>, shown: Option<LeaderQuestion>) {
+        // Nothing may rest on hints but the order in which nodes are asked.
+        if rare::is_taken(RareBranch::LostHints) {
+            return;
+        }
         let map = self.map();
         let mut hints = self.hints.lock();
 

@@ -50,6 +50,7 @@ use crate::raft::Replica;
 use crate::raft::transport::NodeIdentity;
 use crate::raft::{LeaseReads, RaftTimings};
 use crate::raft::{RaftBudgets, Registry, RegistryParts};
+use crate::rare::{self, RareBranch};
 use crate::routing::router::Router;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
@@ -671,14 +672,17 @@ impl NodeStorage {
             Expect::NewOrExisting
         };
 
-        let segment_bytes = segment_bytes(config.log_bytes);
+        let usual = LogOptions::default();
+        let small = |rare, usual| rare::or(RareBranch::SmallSegments, rare, usual);
         let options = LogOptions {
             expect,
             binding: joining.directory_id().0,
-            segment_bytes,
+            segment_bytes: small(4 << 10, segment_bytes(config.log_bytes)),
+            grow_bytes: small(1 << 10, usual.grow_bytes),
+            cache_bytes: small(0, usual.cache_bytes as u64) as usize,
             reserve_bytes: config.disk_reserve_bytes,
             waits_for_room: true,
-            ..LogOptions::default()
+            ..usual
         };
         let (log, writer) = leftovers::open_log(&disk, path, &joining.stamp(), cluster, options)?;
 
@@ -692,9 +696,15 @@ impl NodeStorage {
             .platform()
             .open_trees(&path.join(MAPS_DIR), options, is_expected)?;
 
+        let usual = MapOptions::default();
+        let small = |rare, usual| rare::or(RareBranch::SmallTables, rare, usual);
         let options = MapOptions {
             cache_bytes: config.cache_bytes,
-            ..MapOptions::default()
+            table_bytes_max: small(400, usual.table_bytes_max),
+            frozen_bytes_max: small(4 << 10, usual.frozen_bytes_max),
+            node_bytes_max: small(16 << 10, usual.node_bytes_max),
+            garbage_bytes_max: small(4 << 10, usual.garbage_bytes_max as usize) as u64,
+            copy_page_pairs: small(3, usual.copy_page_pairs),
         };
         let (states, checkpointer) = MapStore::open(trees, disk, path, options)?;
         leftovers::clear_maps(&log, &states)?;

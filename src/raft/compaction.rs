@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::replica::Replica;
 use super::state_machine;
 use super::status::Role;
-use super::transport::snapshot_transfers::ENTRIES_BEHIND;
+use super::transport::snapshot_transfers::entries_behind;
 use crate::sm::ports::StoreError;
 use crate::types::LogId;
 
@@ -112,7 +112,7 @@ impl Replica {
                 .is_some_and(|at| at.elapsed() < NEAR_WITHIN);
             is_recent && !lanes.is_disconnected(node)
         };
-        let behind = snapshot.index.saturating_sub(ENTRIES_BEHIND);
+        let behind = snapshot.index.saturating_sub(entries_behind());
         let needed = status.purgeable(is_near).unwrap_or(0);
         let is_worth_it = self.log.bytes_since(needed) <= NEAR_BYTES_MAX;
         self.purge_log(if is_worth_it {

@@ -85,7 +85,7 @@ pub struct MemTrees {
     pub writes: Arc<Gate>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct MemTreesInner {
     trees: BTreeMap<String, BTreeMap<Bytes, Bytes>>,
     /// The place that new trees go to, and those that are in older ones.
@@ -106,6 +106,7 @@ struct MemTreesInner {
     given_up: Option<String>,
 }
 
+#[derive(Clone)]
 enum UndoStep {
     Written {
         tree: Arc<str>,
@@ -124,6 +125,21 @@ enum UndoStep {
 impl MemTrees {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Returns a copy of these trees as they are now, that goes its own way from here.
+    pub fn fork(&self) -> Self {
+        let mut inner = self.lock().clone();
+        inner.fault = None;
+        inner.room = None;
+        inner.given_up = None;
+        // No handle of the original is one of the copy.
+        inner.epoch += 1;
+        Self {
+            inner: Arc::new(Mutex::new(inner)),
+            reads: Arc::default(),
+            writes: Arc::default(),
+        }
     }
 
     /// Has `fault` asked before each changing step. Taken away by a crash.

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::node::context::NodeContext;
 use crate::node::pause;
 use crate::raft::{RaftStatus, Replica, WitnessReplica};
+use crate::rare::{self, RareBranch};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
@@ -282,6 +283,11 @@ fn is_to_be_logged(bytes: u64, last: Option<Duration>) -> bool {
     bytes > WITNESS_LOG_BYTES_MAX && last.is_none_or(|ago| ago >= COMPLAIN_EVERY)
 }
 
+/// Returns a floor in bytes, which is next to nothing where snapshots are eager.
+fn floor(usual: u64) -> u64 {
+    rare::or(RareBranch::EagerSnapshots, 2 << 10, usual)
+}
+
 /// Sizes of what a replica has on the disk, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 struct Weights {
@@ -311,20 +317,23 @@ impl Weights {
     /// A quiet replica weighs the snapshot against four times the log: one that was away is sent
     /// the snapshot where the log is gone.
     fn want_snapshot(self, is_quiet: bool) -> bool {
-        let outweighs = self.log_since > self.snapshot.clamp(LOG_BYTES_FLOOR, LOG_BYTES_CEILING);
-        let is_worth_it = self.log_since > QUIET_BYTES_FLOOR.max(self.snapshot / 4);
-        let has_shrunk = self.snapshot > 2 * self.map + QUIET_BYTES_FLOOR;
+        let outweighs = self.log_since
+            > self
+                .snapshot
+                .clamp(floor(LOG_BYTES_FLOOR), LOG_BYTES_CEILING);
+        let quiet_floor = floor(QUIET_BYTES_FLOOR);
+        let is_worth_it = self.log_since > quiet_floor.max(self.snapshot / 4);
+        let has_shrunk = self.snapshot > 2 * self.map + quiet_floor;
         outweighs || is_quiet && (is_worth_it || self.log_since > 0 && has_shrunk)
     }
 
     /// Returns whether more log is kept behind the snapshot than helps replicas that were away.
     fn want_purge(self, is_quiet: bool) -> bool {
-        let floor = if is_quiet {
-            QUIET_BYTES_FLOOR
-        } else {
-            TAIL_BYTES_FLOOR
+        let least = match is_quiet {
+            true => QUIET_BYTES_FLOOR,
+            false => TAIL_BYTES_FLOOR,
         };
-        self.log_behind > (self.snapshot / 8).clamp(floor, LOG_BYTES_CEILING)
+        self.log_behind > (self.snapshot / 8).clamp(floor(least), LOG_BYTES_CEILING)
     }
 }
 
@@ -353,7 +362,8 @@ impl Quiet {
         if self.applied != applied {
             (self.applied, self.since, self.is_written_down) = (applied, now, false);
         }
-        now - self.since >= QUIET_AFTER
+        let quiet_after = rare::or(RareBranch::EagerSnapshots, TICK, QUIET_AFTER);
+        now - self.since >= quiet_after
     }
 
     /// Returns whether the table of a quiet replica is to be written down now, which is then noted.

@@ -556,6 +556,11 @@ impl<'a> Resting<'a> {
             return true;
         }
         self.count();
+
+        // A simulation has one thread for everything: it would wait for itself.
+        if blocking::is_inline() {
+            return !self.shutdown.is_cancelled();
+        }
         loop {
             if self.shutdown.is_cancelled() {
                 return false;

@@ -23,6 +23,7 @@ use crate::node::move_destination::wait_ample_room;
 use crate::node::platform::{Platform, Stepped};
 use crate::node::unreadable::tell_unreadable;
 use crate::raft::{ProposeError, Replica};
+use crate::rare::{self, RareBranch};
 use crate::routing::router::ShardAccess;
 use crate::sm::cluster::meta;
 use crate::sm::cluster::view::View;
@@ -446,7 +447,11 @@ impl MoveDriver {
     fn budget(&self, slot_move: &Move, state: &DriveState) -> MoveLimits {
         let view = self.context.view();
         MoveLimits {
-            freeze_bytes_max: FREEZE_BYTES_MAX,
+            freeze_bytes_max: rare::or(
+                RareBranch::EarlyFreeze,
+                moves::CHANGES_BYTES_MAX - 1,
+                FREEZE_BYTES_MAX,
+            ),
             freeze_now: state
                 .catching_up
                 .is_some_and(|since| since.elapsed() > FREEZE_NOW_AFTER),
@@ -469,7 +474,8 @@ impl MoveDriver {
         state: &mut DriveState,
     ) -> Result<(), StepError> {
         let (id, cursor) = (slot_move.id, progress.cursor.clone());
-        let look = move |read: &MapRead<'_>| moves::move_chunk(read, id, &cursor, CHUNK_BYTES);
+        let bytes_max = rare::or(RareBranch::OnePairChunks, 1, CHUNK_BYTES);
+        let look = move |read: &MapRead<'_>| moves::move_chunk(read, id, &cursor, bytes_max);
         let chunk = group.state().read_in(ReadKind::Page, look).await?;
         let Some(chunk) = chunk else {
             return Err(StepError::Later("the move is not open here yet".into()));

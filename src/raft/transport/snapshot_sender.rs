@@ -13,6 +13,7 @@ use super::LaneError;
 use super::peer_client::PeerClient;
 use super::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName, WireError};
 use crate::blocking;
+use crate::rare::{self, RareBranch};
 use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::Snapshot;
@@ -122,7 +123,8 @@ async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneErr
 
     // The file may not be in memory, and threads that serve must not wait for the disk.
     let read = blocking::start(move || {
-        let mut chunk = vec![0; CHUNK_BYTES];
+        let chunk_bytes = rare::or(RareBranch::SmallBlocks, 100, CHUNK_BYTES);
+        let mut chunk = vec![0; chunk_bytes];
         let read = snapshot.read_at(offset, &mut chunk)?;
         chunk.truncate(read);
         Ok::<_, StoreError>(chunk)

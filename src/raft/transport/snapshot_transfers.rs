@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::rare::{self, RareBranch};
 use crate::types::{LogId, ReplicaId};
 
 /// Log that is kept for a follower however small its snapshot is.
@@ -28,7 +29,12 @@ const DOUBLINGS_MAX: u32 = 3;
 /// Time that a follower has to ask for the log after its snapshot was sent, or could not be.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Entries behind a snapshot that are kept for followers that were away for a moment.
-pub const ENTRIES_BEHIND: u64 = 4096;
+const ENTRIES_BEHIND: u64 = 4096;
+
+/// Returns how many entries behind a snapshot are kept for followers that were away for a moment.
+pub fn entries_behind() -> u64 {
+    rare::or(RareBranch::EagerSnapshots, 2, ENTRIES_BEHIND)
+}
 
 /// The followers of a group that are being sent snapshots. Clones share the same records.
 #[derive(Debug, Clone, Default)]
@@ -117,7 +123,7 @@ impl SnapshotTransfers {
                 .max(transfer.index);
             let has_caught_up = transfer.ended.is_some()
                 && follower_index > transfer.index
-                && follower_index + ENTRIES_BEHIND > last;
+                && follower_index + entries_behind() > last;
             let needs_it = !has_caught_up && !transfer.is_over();
             if needs_it && bytes_since(follower_index) <= transfer.log_bytes_max() {
                 index = index.min(follower_index);

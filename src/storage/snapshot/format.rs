@@ -16,6 +16,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::rare::{self, RareBranch};
 use crate::sm::codec;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
@@ -102,7 +103,8 @@ impl SnapshotWriter {
     pub fn add(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
         let (key_bytes, value_bytes) = (length(key.len())?, length(value.len())?);
         let pair_bytes = 8 + key.len() + value.len();
-        if !self.body.is_empty() && self.body.len() + pair_bytes > BLOCK_BYTES_MAX {
+        let block_bytes_max = rare::or(RareBranch::SmallBlocks, 1, BLOCK_BYTES_MAX);
+        if !self.body.is_empty() && self.body.len() + pair_bytes > block_bytes_max {
             self.write_block()?;
         }
         self.body.extend_from_slice(&key_bytes.to_le_bytes());
