@@ -92,7 +92,9 @@ impl Client {
                         let value = item.get("value")?;
                         let outcome = match value.as_bool() {
                             Some(found) => Outcome::Found(found),
-                            None if value.get("encoding")?.as_str()? == "" => Outcome::Read(None),
+                            None if value.get("encoding")?.as_str()?.is_empty() => {
+                                Outcome::Read(None)
+                            }
                             None => {
                                 let data = value.get("data")?.as_str()?;
                                 Outcome::Read(Some(value_of(data.as_bytes())))
