@@ -137,7 +137,7 @@ impl Server {
             .collect()
     }
 
-    /// Returns the counters, to be given to [`crate::http::Metrics`].
+    /// Returns the counters, which the metrics of HTTP show.
     pub fn stats(&self) -> Arc<ServerStats> {
         Arc::clone(&self.stats)
     }
