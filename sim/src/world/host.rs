@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use quorate::api::peer::Standing;
 use quorate::cli::serve;
 use quorate::config::NodeConfig;
 use quorate::http::{self, Limits};
@@ -19,22 +20,25 @@ use quorate::raft::{Replica, seed_this_thread};
 use quorate::routing::call::ShardCaller;
 use quorate::routing::peer_caller::PeerCaller;
 use quorate::routing::transport::SetUpError;
-use quorate::sm::cluster::view::PlacementSpec;
+use quorate::sm::cluster::view::{PlacementSpec, View};
+use quorate::storage::ReplicaKey;
 use quorate::storage::directory::{DataDirectory, DirectoryError};
 use quorate::storage::disk::Disk;
-use quorate::storage::mem_trees::{Crash, MemTrees};
+use quorate::storage::mem_trees::MemTrees;
 use quorate::storage::sim_disk::SimDisk;
 use quorate::storage::sled_tree::{SledError, SledOptions};
 use quorate::storage::tree::Trees;
 use quorate::supervisor::{ProcessEnd, Supervisor};
-use quorate::types::{Address, DirectoryId};
+use quorate::types::{Address, DirectoryId, NodeId};
 use tokio::runtime::{Builder, RngSeed, Runtime};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::host_disk::HostDisk;
 use super::network::{HostIndex, Network, Ways};
 use super::random::SimRng;
+use super::setting::Setting;
 
 /// Calls that a process may have under way.
 const CALLS_MAX: usize = 256;
@@ -52,10 +56,10 @@ pub struct Host {
     pub index: HostIndex,
     pub address: Address,
     config: NodeConfig,
-    disk: SimDisk,
-    trees: MemTrees,
+    pub disk: HostDisk,
     network: Network,
     random: SimRng,
+    seed: u64,
     /// Nanoseconds of its clock in a millisecond of the world.
     rate_ns: u64,
     starts: u64,
@@ -76,8 +80,10 @@ struct Process {
 pub enum Ended {
     /// It wants to be started again.
     Again(String),
-    /// It should not have.
+    /// It cannot go on, and says why.
     Failed(String),
+    /// A part of it panicked, or hangs.
+    Broken(String),
 }
 
 /// What a process stands on.
@@ -131,6 +137,7 @@ impl Host {
         address: Address,
         view: Option<Vec<Address>>,
         asked: PlacementSpec,
+        setting: &Setting,
         network: Network,
         seed: u64,
     ) -> Self {
@@ -144,28 +151,28 @@ impl Host {
             asked,
             data_dir: PathBuf::from("/node"),
             cache_bytes: 1 << 20,
-            log_bytes: 64 << 20,
+            log_bytes: setting.log_bytes,
             disk_reserve_bytes: None,
             stop_timeout: Duration::from_secs(1),
-            replace_after: Duration::from_secs(600),
-            lost_disk_after: Duration::from_secs(30),
+            replace_after: setting.replace_after,
+            lost_disk_after: setting.lost_disk_after,
             timing_factor: 1,
-            lease_drift_ms: None,
-            level_max: None,
+            lease_drift_ms: setting.lease_drift_ms,
+            level_max: setting.level_at_first,
             raise_level_after: Duration::from_millis(500),
             compare_every: Duration::from_secs(2),
-            scrub_every: Duration::ZERO,
+            scrub_every: setting.scrub_every,
             restarts: 0,
         };
         Self {
             index,
             address,
             config,
-            disk: SimDisk::new(random.next()),
-            trees: MemTrees::new(),
+            disk: HostDisk::new(index, setting.disk_pace, seed),
             network,
-            rate_ns: random.between(970_000, 1_030_000),
+            rate_ns: random.between(setting.rate_ns.0, setting.rate_ns.1),
             random,
+            seed,
             starts: 0,
             process: None,
         }
@@ -178,6 +185,11 @@ impl Host {
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "two processes of a node");
         self.starts += 1;
+        // A later program is there after the first start.
+        if self.starts > 1 {
+            self.config.level_max = None;
+        }
+        self.disk.begin();
         self.network.begin(self.index);
         let seed = RngSeed::from_bytes(&self.random.next().to_le_bytes());
         let runtime = Builder::new_current_thread()
@@ -188,10 +200,10 @@ impl Host {
             .expect("a runtime without sockets");
         let (supervisor, supervised) = Supervisor::noting();
         let machine = SimPlatform {
-            disk: self.disk.clone(),
-            trees: self.trees.clone(),
+            disk: self.disk.disk.clone(),
+            trees: self.disk.trees.clone(),
             ways: self.network.ways_of(self.index),
-            directory_if_new: DirectoryId(self.index as u128 + 1),
+            directory_if_new: self.disk.directory_if_new(),
             supervisor,
         };
         let node: Arc<Mutex<Option<Arc<Node>>>> = Arc::default();
@@ -230,17 +242,7 @@ impl Host {
             return;
         };
         self.network.end(self.index, end == End::PowerCut);
-        match end {
-            End::Kill => self.trees.crash(Crash::Kill, 0),
-            End::PowerCut => {
-                self.disk.crash();
-                let crash = match self.random.percent(50) {
-                    true => Crash::Power,
-                    false => Crash::Torn,
-                };
-                self.trees.crash(crash, self.random.next());
-            }
-        }
+        self.disk.crash(end == End::PowerCut);
         process.node.lock().take();
         drop(process.runtime);
     }
@@ -253,6 +255,7 @@ impl Host {
             return;
         };
         seed_this_thread(Some(seed));
+        self.disk.set_pace(seed);
         process.elapsed_ns += rate_ns;
         let until = process.began + Duration::from_nanos(process.elapsed_ns);
         process
@@ -279,7 +282,7 @@ impl Host {
         let process = self.process.as_ref()?;
         let panicked = process.supervised.borrow().as_ref().map(|end| {
             let end = format!("{end}");
-            Ended::Failed(end)
+            Ended::Broken(end)
         });
         let stopped = process.ended.lock().take().map(|error| {
             let text = error.to_string();
@@ -305,7 +308,38 @@ impl Host {
     }
 
     pub fn disk(&self) -> &SimDisk {
-        &self.disk
+        &self.disk.disk
+    }
+
+    /// Returns the replicas that run here, witnesses too.
+    pub fn replicas(&self) -> Vec<ReplicaKey> {
+        let registry = self.node().and_then(|node| node.registry());
+        let Some(registry) = registry else {
+            return Vec::new();
+        };
+        let maps = registry.groups().into_iter().map(|group| group.key());
+        let witnesses = registry.witnesses().into_iter();
+        maps.chain(witnesses.map(|witness| witness.key())).collect()
+    }
+
+    /// Returns which node of the cluster this is, as far as it knows itself.
+    pub fn node_id(&self) -> Option<NodeId> {
+        let (directory, view) = self.standing()?;
+        let view = view?;
+        let mut known = view.nodes.iter();
+        known
+            .find(|(_, node)| node.directory == directory)
+            .map(|(id, _)| *id)
+    }
+
+    /// Returns the directory of the node, and the view that it knows if it is a member.
+    pub fn standing(&self) -> Option<(DirectoryId, Option<View>)> {
+        let identity = self.node()?.identity();
+        let view = match identity.standing {
+            Standing::Member { view } => Some(*view),
+            Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Retired { .. } => None,
+        };
+        Some((identity.directory, view))
     }
 
     /// Counts the starts of the process.
@@ -321,6 +355,6 @@ impl Host {
     }
 
     fn config_seed(&self) -> u64 {
-        (self.index as u64) << 32 | self.starts
+        self.seed.rotate_left(17) ^ ((self.index as u64) << 32 | self.starts)
     }
 }

@@ -36,6 +36,11 @@ const LANE_PATIENCE_MS: u64 = 4000;
 const CONNECT_TIMEOUT_MS: u64 = 800;
 /// What a slow link adds to each delivery, at most.
 const SLOW_MS_MAX: u64 = 1200;
+/// Of so many deliveries one breaks its connection where that is flaky, and one of so many requests
+/// that may be repeated is, within so long.
+const BREAKS_ONE_IN: u64 = 40;
+const REPEATS_ONE_IN: u64 = 3;
+const REPEAT_MS_MAX: u64 = 2000;
 
 /// A process of the simulated world, by its place in the list of all.
 pub type HostIndex = usize;
@@ -148,6 +153,7 @@ struct NetworkState {
     delays: BTreeMap<(HostIndex, HostIndex), u64>,
     cut: BTreeSet<(HostIndex, HostIndex)>,
     slow: BTreeSet<(HostIndex, HostIndex)>,
+    flaky: BTreeSet<HostIndex>,
     trace: DefaultHasher,
     delivered: u64,
 }
@@ -194,6 +200,7 @@ impl Network {
             delays,
             cut: BTreeSet::new(),
             slow: BTreeSet::new(),
+            flaky: BTreeSet::new(),
             trace: DefaultHasher::new(),
             delivered: 0,
         })))
@@ -254,11 +261,18 @@ impl Network {
         self.0.lock().slow.insert((from, to));
     }
 
+    /// Connections of this host break while something is on its way, and requests to it that may be
+    /// repeated are.
+    pub fn make_flaky(&self, host: HostIndex) {
+        self.0.lock().flaky.insert(host);
+    }
+
     /// Takes away everything that is wrong with links.
     pub fn heal(&self) {
         let mut state = self.0.lock();
         state.cut.clear();
         state.slow.clear();
+        state.flaky.clear();
         let ids: Vec<u64> = state.connections.keys().copied().collect();
         for id in ids {
             let Some(connection) = state.connections.get_mut(&id) else {
@@ -350,6 +364,13 @@ impl Network {
             }
             return;
         }
+        let packet = match state.flaky.contains(&way.0) || state.flaky.contains(&way.1) {
+            true => match state.spoil(id, direction, packet) {
+                Some(packet) => packet,
+                None => return,
+            },
+            false => packet,
+        };
         match packet {
             Packet::Begin(request) => self.begin_serving(state, id, request),
             packet => state.take(id, direction, packet),
@@ -546,6 +567,57 @@ impl NetworkState {
         }
     }
 
+    /// Does to a packet what flaky links do. Returns what is left of it.
+    fn spoil(&mut self, id: u64, direction: Direction, packet: Packet) -> Option<Packet> {
+        if let Packet::Begin(Some(request)) = &packet
+            && may_be_repeated(request)
+            && self.random.below(REPEATS_ONE_IN) == 0
+        {
+            let again = request.clone();
+            self.repeat(id, again);
+        }
+        if self.random.below(BREAKS_ONE_IN) != 0 || matches!(packet, Packet::ConnectTimeout) {
+            return Some(packet);
+        }
+        // The first part of a stream may have arrived.
+        if let Packet::Data(mut bytes) = packet {
+            let arrived = self.random.below(bytes.len() as u64 + 1) as usize;
+            self.take(id, direction, Packet::Data(bytes.split_to(arrived)));
+        }
+        if let Some(connection) = self.connections.remove(&id) {
+            connection.break_off("the connection broke on the way");
+        }
+        None
+    }
+
+    /// Has a request arrive a second time, later. Nobody waits for the answer.
+    fn repeat(&mut self, id: u64, request: Request<Bytes>) {
+        let Some(connection) = self.connections.get(&id) else {
+            return;
+        };
+        let again = Connection {
+            from: connection.from,
+            to: connection.to,
+            taken_by: None,
+            purpose: Purpose::Call { reply: None },
+            server: None,
+            last_due: BTreeMap::new(),
+            held: Vec::new(),
+            held_since: None,
+        };
+        self.sequence += 1;
+        let id = self.sequence;
+        self.connections.insert(id, again);
+        self.sequence += 1;
+        let due = self.now_ms + self.random.below(REPEAT_MS_MAX);
+        let delivery = Delivery {
+            connection: id,
+            direction: Direction::Forward,
+            packet: Packet::Begin(Some(request)),
+        };
+        self.queue.insert((due, self.sequence), delivery);
+    }
+
     fn give_up_silent(&mut self) {
         let now_ms = self.now_ms;
         let silent: Vec<u64> = self
@@ -565,6 +637,12 @@ impl NetworkState {
             }
         }
     }
+}
+
+/// Returns whether what sends a request may send it twice: it changes nothing, or has an
+/// idempotency key.
+fn may_be_repeated(request: &Request<Bytes>) -> bool {
+    request.method() == http::Method::GET || request.headers().contains_key("idempotency-key")
 }
 
 impl Connection {

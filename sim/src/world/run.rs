@@ -6,17 +6,18 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use quorate::api::view_change::{ReplicationFactor, Shards, ViewChange};
 use quorate::mutants::Mutant;
 use quorate::sm::cluster::view::PlacementSpec;
 use quorate::types::Address;
 
 use super::clients::Clients;
 use super::determinism;
+pub use super::faults::Fault;
 use super::host::{End, Ended, Host};
 use super::network::Network;
 use super::oracles::{Depth, Oracles, floor};
 use super::random::SimRng;
+use super::setting::Setting;
 
 /// How long the world may take to be founded, or to get on after it was healed.
 const PROGRESS_MS_MAX: u64 = 120_000;
@@ -25,37 +26,6 @@ const LOOK_EVERY_MS: u64 = 20;
 const LOOK_DEEP_EVERY_MS: u64 = 1000;
 /// Between two looks whether nodes hold no more than they need.
 const FLOOR_EVERY_MS: u64 = 200;
-
-/// What may go wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
-pub enum Fault {
-    /// A process is killed, and started again.
-    Kill,
-    /// The power of a machine fails, and comes back.
-    Power,
-    /// A process stands still for a while.
-    Pause,
-    /// Links are cut: one machine off, a partition, one way only.
-    Partition,
-    /// Links are slow.
-    Slow,
-    /// A connection breaks.
-    Reset,
-    /// The view is changed.
-    View,
-}
-
-impl Fault {
-    pub const ALL: [Fault; 7] = [
-        Fault::Kill,
-        Fault::Power,
-        Fault::Pause,
-        Fault::Partition,
-        Fault::Slow,
-        Fault::Reset,
-        Fault::View,
-    ];
-}
 
 /// What is simulated. The life follows from it, to the last byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,31 +70,42 @@ impl Life {
     }
 }
 
+/// Events, each at a time that was planned.
 #[derive(Debug)]
-enum Event {
+pub(super) enum Event {
     Strike,
     Restart(usize),
     Resume(usize, u64),
     Heal,
+    /// The disk of a node has room again, and is as fast as ever.
+    HealDisk(usize),
+    /// The process of a disk that was copied goes on from another start.
+    KillForCopy(usize),
+    /// The copy of a disk is put back, if all have heard that its node went on since.
+    PutBack(usize),
 }
 
 /// Whether a change of the view was accepted, once that is known.
-type Accepted = Arc<Mutex<Option<bool>>>;
+pub(super) type Accepted = Arc<Mutex<Option<bool>>>;
 
-struct World {
-    now_ms: u64,
-    hosts: Vec<Host>,
-    network: Network,
-    clients: Clients,
+/// Holds the world of a seed: its machines, what is between them, and who looks on.
+pub(super) struct World {
+    pub(super) now_ms: u64,
+    pub(super) hosts: Vec<Host>,
+    pub(super) network: Network,
+    pub(super) clients: Clients,
     oracles: Oracles,
-    random: SimRng,
+    pub(super) random: SimRng,
     faults: Vec<Fault>,
     work_ms: Option<u64>,
     events: BTreeMap<(u64, u64), Event>,
     events_planned: u64,
-    paused: Vec<bool>,
-    changes: Vec<Accepted>,
-    life: Life,
+    pub(super) paused: Vec<bool>,
+    pub(super) setting: Setting,
+    /// What a node had was lost, or is rotten: nothing else may be.
+    pub(super) is_wounded: bool,
+    pub(super) changes: Vec<Accepted>,
+    pub(super) life: Life,
 }
 
 /// Runs a life in this thread, which must be a new one.
@@ -135,6 +116,7 @@ pub fn simulate(scenario: &Scenario) -> Life {
     let mut world = World::new(scenario);
     if let Err(violation) = world.live() {
         world.tell(&format!("violation: {violation}"));
+        world.tell_leaders();
         world.life.violation = Some(violation);
     }
     world.end()
@@ -156,7 +138,9 @@ impl World {
             .collect();
         let network = Network::new(&addresses, SimRng::new(seed, "network"));
         let view = addresses[..members].to_vec();
+        let setting = Setting::of(seed);
         let asked = PlacementSpec {
+            replication_factor: setting.replication_factor,
             shards: Some(random.between(1, 4) as u16),
             ..PlacementSpec::default()
         };
@@ -164,7 +148,7 @@ impl World {
             .map(|index| {
                 let address = addresses[index].clone();
                 let view = Some(view.clone());
-                Host::new(index, address, view, asked, network.clone(), seed)
+                Host::new(index, address, view, asked, &setting, network.clone(), seed)
             })
             .collect();
         let clients = Clients::new(&network, &addresses[..nodes], nodes, clients, seed);
@@ -180,12 +164,16 @@ impl World {
             events: BTreeMap::new(),
             events_planned: 0,
             paused: vec![false; nodes],
+            setting,
+            is_wounded: false,
             changes: Vec::new(),
             life: Life::default(),
         }
     }
 
     fn live(&mut self) -> Result<(), String> {
+        self.tell(&self.setting.summary());
+        quorate::rare::testing::take(&self.setting.rare);
         for host in 0..self.hosts.len() {
             self.hosts[host].start();
         }
@@ -214,6 +202,7 @@ impl World {
         let read = self.clients.read_all();
         self.until("all is read", || read.lock().is_some())?;
         read.lock().take().unwrap_or(Ok(()))?;
+        self.await_replacement()?;
         let settled = self.clients.settle();
         self.until("the cluster settles", || settled.lock().is_some())?;
         settled.lock().take().unwrap_or(Ok(()))?;
@@ -236,6 +225,39 @@ impl World {
         }
         self.tell("idle");
         Ok(())
+    }
+
+    /// Waits until the cluster goes on without a disk that was lost.
+    fn await_replacement(&mut self) -> Result<(), String> {
+        let deadline = self.now_ms + PROGRESS_MS_MAX;
+        while let Some(index) = self.missed() {
+            if self.now_ms > deadline {
+                return Err(format!(
+                    "no progress: node {index} is in no view as it is now"
+                ));
+            }
+            self.tick()?;
+        }
+        Ok(())
+    }
+
+    /// Returns a node that the newest view names with another directory than it has, if any is.
+    fn missed(&self) -> Option<usize> {
+        let standings: Vec<_> = self.hosts.iter().map(Host::standing).collect();
+        let views = standings
+            .iter()
+            .flatten()
+            .filter_map(|(_, view)| view.as_ref());
+        let newest = views.max_by_key(|view| (view.epoch, view.version))?;
+        let is_missed = |host: &Host| {
+            let named = newest.node_at(&host.address)?;
+            let named = newest.nodes.get(&named)?.directory;
+            let has = standings[host.index]
+                .as_ref()
+                .map(|(directory, _)| *directory);
+            (has != Some(named)).then_some(host.index)
+        };
+        self.hosts.iter().find_map(is_missed)
     }
 
     fn check_histories(&self) -> Result<(), String> {
@@ -291,16 +313,27 @@ impl World {
                 Some(Ended::Again(why)) => {
                     self.oracles.forget();
                     self.tell(&format!("node {index} starts again: {why}"));
+                    // The real platform puts the replicas aside, and makes the directory another.
+                    if why.contains("is an old copy") {
+                        self.hosts[index].disk.lose();
+                    }
                     self.plan(100, Event::Restart(index));
                 }
-                Some(Ended::Failed(why)) => return Err(format!("node {index} ended: {why}")),
+                Some(Ended::Failed(why)) if self.hosts[index].disk.is_troubled() => {
+                    self.tell(&format!("node {index} gives up: {why}"));
+                    self.give_another_disk_if_damaged(index, &why);
+                    self.plan(400, Event::Restart(index));
+                }
+                Some(Ended::Failed(why) | Ended::Broken(why)) => {
+                    return Err(format!("node {index} ended: {why}"));
+                }
             }
         }
         self.clients.step();
         self.look(false)
     }
 
-    fn plan(&mut self, in_ms: u64, event: Event) {
+    pub(super) fn plan(&mut self, in_ms: u64, event: Event) {
         self.events_planned += 1;
         let key = (self.now_ms + in_ms, self.events_planned);
         self.events.insert(key, event);
@@ -325,132 +358,13 @@ impl World {
                 self.tell("heal the links");
                 self.network.heal();
             }
+            Event::HealDisk(index) => {
+                self.tell(&format!("heal the disk of node {index}"));
+                self.hosts[index].disk.heal();
+            }
+            Event::KillForCopy(index) => self.kill_for_copy(index),
+            Event::PutBack(index) => self.put_back(index),
         }
-    }
-
-    fn resume(&mut self, index: usize, since_ms: u64) {
-        if std::mem::take(&mut self.paused[index]) {
-            self.tell(&format!("resume node {index}"));
-            self.hosts[index].jump(self.now_ms - since_ms);
-        }
-    }
-
-    fn strike(&mut self, fault: Fault) {
-        let nodes = self.hosts.len();
-        let index = self.random.below(nodes as u64) as usize;
-        match fault {
-            Fault::Kill | Fault::Power => {
-                if !self.hosts[index].is_up() || self.paused[index] {
-                    return;
-                }
-                let end = match fault {
-                    Fault::Power => End::PowerCut,
-                    _ => End::Kill,
-                };
-                // Power may fail for all at once.
-                let is_blackout = fault == Fault::Power && self.random.percent(30);
-                let struck = match is_blackout {
-                    true => 0..nodes,
-                    false => index..index + 1,
-                };
-                for index in struck {
-                    if self.hosts[index].is_up() && !self.paused[index] {
-                        self.tell(&format!("{end:?} node {index}"));
-                        self.hosts[index].end(end);
-                        let down_ms = self.random.between(50, 6000);
-                        self.plan(down_ms, Event::Restart(index));
-                    }
-                }
-            }
-            Fault::Pause => {
-                if !self.hosts[index].is_up() || self.paused[index] {
-                    return;
-                }
-                self.tell(&format!("pause node {index}"));
-                self.paused[index] = true;
-                let pause_ms = self.random.between(20, 5000);
-                self.plan(pause_ms, Event::Resume(index, self.now_ms));
-            }
-            Fault::Partition => self.partition(index),
-            Fault::Slow => {
-                self.tell(&format!("slow links of node {index}"));
-                for other in 0..nodes {
-                    self.network.slow_down(index, other);
-                    self.network.slow_down(other, index);
-                }
-                let slow_ms = self.random.between(200, 4000);
-                self.plan(slow_ms, Event::Heal);
-            }
-            Fault::Reset => {
-                if !self.network.reset_one() {
-                    return;
-                }
-                self.tell("reset a connection");
-            }
-            Fault::View => self.change_view(),
-        }
-        self.life.faults += u64::from(fault != Fault::View);
-    }
-
-    fn partition(&mut self, index: usize) {
-        let nodes = self.hosts.len();
-        let kind = self.random.below(4);
-        let other = (index + 1 + self.random.below(nodes as u64 - 1) as usize) % nodes;
-        match kind {
-            0 => {
-                self.tell(&format!("cut node {index} off"));
-                for other in (0..nodes).filter(|other| *other != index) {
-                    self.network.cut(index, other);
-                    self.network.cut(other, index);
-                }
-            }
-            1 => {
-                self.tell(&format!("cut what node {index} sends"));
-                for other in (0..nodes).filter(|other| *other != index) {
-                    self.network.cut(index, other);
-                }
-            }
-            2 => {
-                self.tell(&format!("cut between node {index} and node {other}"));
-                self.network.cut(index, other);
-                self.network.cut(other, index);
-            }
-            _ => {
-                self.tell(&format!("cut from node {index} to node {other}"));
-                self.network.cut(index, other);
-            }
-        }
-        let cut_ms = self.random.between(100, 8000);
-        self.plan(cut_ms, Event::Heal);
-    }
-
-    fn change_view(&mut self) {
-        let nodes = self.hosts.len();
-        let change = match self.random.below(4) {
-            0 => ViewChange {
-                shards: Some(Shards::Fixed(self.random.between(1, 6) as u16)),
-                ..ViewChange::default()
-            },
-            1 => ViewChange {
-                replication_factor: Some(ReplicationFactor::Fixed(
-                    *self.random.pick(&[1, 2, 3, 3]),
-                )),
-                ..ViewChange::default()
-            },
-            _ => {
-                let leaves_out = self.random.below(nodes as u64) as usize;
-                let named = (0..nodes)
-                    .filter(|index| nodes <= 3 || *index != leaves_out)
-                    .map(|index| self.hosts[index].address.clone());
-                ViewChange {
-                    nodes: Some(named.collect()),
-                    ..ViewChange::default()
-                }
-            }
-        };
-        self.tell(&format!("change the view: {change:?}"));
-        let accepted = self.clients.change(change);
-        self.changes.push(accepted);
     }
 
     fn heal_all(&mut self) {
@@ -459,13 +373,14 @@ impl World {
         for index in 0..self.hosts.len() {
             // How long it stood still is of no matter any more.
             self.paused[index] = false;
+            self.hosts[index].disk.heal();
             if !self.hosts[index].is_up() {
                 self.hosts[index].start();
             }
         }
     }
 
-    fn tell(&mut self, what: &str) {
+    pub(super) fn tell(&mut self, what: &str) {
         let (s, ms) = (self.now_ms / 1000, self.now_ms % 1000);
         let _ = writeln!(self.life.story, "[{s:>4}.{ms:03}] {what}");
         self.network.note(what);
