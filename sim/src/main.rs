@@ -33,7 +33,7 @@ struct Arguments {
     /// The first of the seeds.
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// What may go wrong; all of it if none is named.
+    /// What may go wrong; kill, power, pause, partition, slow, reset and view if none is named.
     #[arg(long, value_enum, value_delimiter = ',')]
     faults: Option<Vec<Fault>>,
     /// For how many milliseconds clients work before all is healed; each seed has its own if this
@@ -54,7 +54,7 @@ struct Arguments {
 impl Arguments {
     /// Returns what is simulated with a seed.
     fn scenario(&self, seed: u64) -> Result<Scenario, String> {
-        let mut faults = self.faults.clone().unwrap_or_else(|| Fault::ALL.to_vec());
+        let mut faults = self.faults.clone().unwrap_or_else(|| Fault::USUAL.to_vec());
         faults.sort();
         faults.dedup();
         let mutant = self.mutant.as_deref().map(mutant_of).transpose()?;

@@ -68,7 +68,7 @@ pub fn command(scenario: &Scenario) -> String {
 
 fn arguments(scenario: &Scenario) -> Vec<String> {
     let mut arguments = vec!["--seed".to_owned(), scenario.seed.to_string()];
-    if scenario.faults != Fault::ALL {
+    if scenario.faults != Fault::USUAL {
         let names: Vec<String> = scenario.faults.iter().map(|fault| name(*fault)).collect();
         arguments.extend(["--faults".to_owned(), names.join(",")]);
     }

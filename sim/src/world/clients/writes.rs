@@ -121,20 +121,30 @@ impl Client {
             && !answers.contains(&Answer::Refused)
             && self.random.percent(30)
         {
-            self.ask_again(&intents, &answers, &idempotency).await;
+            self.ask_again(&intents, &answers, &idempotency, is_atomic)
+                .await;
         }
     }
 
     /// Sends once more what was answered: the answer must be the same.
-    async fn ask_again(&mut self, intents: &[Intent], answers: &[Answer], idempotency: &str) {
-        // Of gets alone nothing is remembered.
-        if intents.iter().all(|intent| intent.action == Action::Get) {
+    async fn ask_again(
+        &mut self,
+        intents: &[Intent],
+        answers: &[Answer],
+        idempotency: &str,
+        is_atomic: bool,
+    ) {
+        // Of gets alone nothing is remembered, and of those that go to a shard of their own neither.
+        let has_write = intents.iter().any(|intent| intent.action != Action::Get);
+        let is_remembered =
+            |intent: &Intent| intent.action != Action::Get || is_atomic && has_write;
+        if !has_write {
             return;
         }
         let way = self.way();
         let again = self.attempt(&way, intents, Some(idempotency)).await;
         for ((intent, first), second) in intents.iter().zip(answers).zip(again) {
-            if !may_follow(*first, second) {
+            if is_remembered(intent) && !may_follow(*first, second) {
                 self.book.lock().complain(format!(
                     "a write was answered {first:?} and then {second:?}: {intent:?}, under the \
                      key {idempotency}, by {way:?}"
