@@ -409,7 +409,7 @@ mod tests {
     use super::*;
     use crate::cli::Cli;
     use crate::cli::cluster::{ClusterArguments, ClusterCommand, run};
-    use crate::client::testing::{answer, bind, json, serve, status};
+    use crate::client::testing::{answer, bind, json, problem_with, serve, status};
 
     fn arguments(line: &str) -> ClusterArguments {
         match Cli::try_parse_from(["quorate", "cluster"].into_iter().chain(line.split(' ')))
@@ -527,7 +527,7 @@ mod tests {
                     assert_eq!(request.headers()[IF_MATCH], "\"1\"");
                     let refused = object!({ "code": "view_refused", "detail": "too few nodes" });
                     match &request.body()[..] {
-                        br#"{"replication_factor":7}"# => answer(409, refused.to_string()),
+                        br#"{"replication_factor":7}"# => problem_with(409, refused),
                         _ => {
                             count.fetch_add(1, Ordering::Relaxed);
                             answer(202, operation("running").to_string())
@@ -541,7 +541,10 @@ mod tests {
                     }
                 }
                 (&Method::GET, "/v1/cluster/operations/3") => json(&operation("superseded")),
-                other => answer(404, format!("{other:?}")),
+                other => problem_with(
+                    404,
+                    object!({ "code": "unknown_operation", "detail": format!("{other:?}") }),
+                ),
             };
             async move { Some(reply) }
         });
@@ -598,7 +601,9 @@ mod tests {
                 has no leader now" });
             let answer = match request.uri().path() {
                 "/v1/cluster" => json(&told),
-                _ if asked.fetch_add(1, Ordering::Relaxed) < 3 => answer(503, starting.to_string()),
+                _ if asked.fetch_add(1, Ordering::Relaxed) < 3 => {
+                    problem_with(503, starting.clone())
+                }
                 _ => json(&done),
             };
             async move { Some(answer) }
@@ -631,7 +636,7 @@ mod tests {
             });
             let answer = match request.uri().path() {
                 "/v1/cluster" => json(&told),
-                _ if asked.fetch_add(1, Ordering::Relaxed) < 2 => answer(503, late.to_string()),
+                _ if asked.fetch_add(1, Ordering::Relaxed) < 2 => problem_with(503, late.clone()),
                 _ => json(&same),
             };
             async move { Some(answer) }
