@@ -134,7 +134,7 @@ impl Client {
         idempotency: &str,
         is_atomic: bool,
     ) {
-        // Of gets alone nothing is remembered, and of those that go to a shard of their own neither.
+        // Of gets alone nothing is remembered, nor of those that go to a shard of their own.
         let has_write = intents.iter().any(|intent| intent.action != Action::Get);
         let is_remembered =
             |intent: &Intent| intent.action != Action::Get || is_atomic && has_write;
