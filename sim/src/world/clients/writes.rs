@@ -188,14 +188,15 @@ impl Client {
         let written = self.store.write(operations, idempotency, options()).await;
         let mut answers: Vec<Answer> = written
             .iter()
+            .zip(intents)
             .enumerate()
-            .map(|(position, written)| self.told(position, written))
+            .map(|(position, (written, intent))| self.told(position, intent, written))
             .collect();
         answers.resize(intents.len(), Answer::Told(Outcome::Unknown));
         answers
     }
 
-    fn told(&self, position: usize, written: &Written) -> Answer {
+    fn told(&self, position: usize, intent: &Intent, written: &Written) -> Answer {
         match written {
             Ok(OperationOutcome::Put { revision, created }) => Answer::Told(Outcome::Put {
                 created: *created,
@@ -215,7 +216,7 @@ impl Client {
             Err(WriteFailure::Rejected(WriteRejection::ConditionFailed { operation, .. }))
                 if *operation == position =>
             {
-                Answer::Told(Outcome::ConditionFailed)
+                failed_condition(intent)
             }
             Err(WriteFailure::Rejected(WriteRejection::KeyReused { slot })) => {
                 let what = format!("an idempotency key of slot {slot} was taken for another's");
@@ -274,7 +275,7 @@ impl Client {
                 Answer::Told(Outcome::Got(Some((value, revision))))
             }
             (Action::Get, 404, _) => Answer::Told(Outcome::Got(None)),
-            (_, 412, _) => Answer::Told(Outcome::ConditionFailed),
+            (_, 412, _) => failed_condition(intent),
             // Another operation of its shard was refused; too much to do; nobody to do it.
             (_, 424 | 429 | 503, _) => Answer::Refused,
             // Of 500 nothing is known: a stream that broke off passes for one here.
@@ -338,6 +339,16 @@ impl Client {
             kv::Condition::None | kv::Condition::RevisionNotIn(_) => {}
         }
         operation
+    }
+}
+
+/// Returns what it means that the condition of an operation did not hold. One without a condition
+/// was not done either: a refusal that is remembered names a place in the batch as it was split
+/// then, and after a move of slots it may be split otherwise.
+fn failed_condition(intent: &Intent) -> Answer {
+    match intent.condition {
+        kv::Condition::None => Answer::Refused,
+        _ => Answer::Told(Outcome::ConditionFailed),
     }
 }
 
