@@ -80,6 +80,34 @@ pub enum ConfigError {
 }
 
 impl NodeConfig {
+    /// Returns the settings of a node in a test: small caches, short waits, nothing in the
+    /// background that is not asked for.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn for_tests(address: Address) -> Self {
+        Self {
+            listen: vec![address.clone()],
+            address,
+            public_address: None,
+            view: None,
+            join_only: false,
+            asked: PlacementSpec::default(),
+            data_dir: PathBuf::from("/node"),
+            cache_bytes: 1 << 20,
+            log_bytes: 256 << 20,
+            disk_reserve_bytes: None,
+            stop_timeout: Duration::from_secs(1),
+            replace_after: Duration::from_secs(300),
+            lost_disk_after: Duration::from_secs(30),
+            timing_factor: 1,
+            lease_drift_ms: None,
+            level_max: None,
+            raise_level_after: Duration::from_secs(60),
+            compare_every: Duration::from_secs(600),
+            scrub_every: Duration::ZERO,
+            restarts: 0,
+        }
+    }
+
     /// # Errors
     ///
     /// Names what can't work, whatever the state of the disk and of other nodes.
@@ -142,26 +170,8 @@ mod tests {
     fn config(view: Option<&[&str]>) -> NodeConfig {
         let address = |text: &str| text.parse::<Address>().expect("an address");
         NodeConfig {
-            address: address("127.0.0.1:1"),
-            public_address: None,
-            listen: vec![address("127.0.0.1:1")],
             view: view.map(|view| view.iter().map(|text| address(text)).collect()),
-            join_only: false,
-            asked: PlacementSpec::default(),
-            data_dir: PathBuf::from("data"),
-            cache_bytes: 1 << 20,
-            log_bytes: 256 << 20,
-            disk_reserve_bytes: None,
-            stop_timeout: Duration::from_secs(1),
-            replace_after: Duration::from_secs(300),
-            lost_disk_after: Duration::from_secs(30),
-            timing_factor: 1,
-            lease_drift_ms: None,
-            level_max: None,
-            raise_level_after: Duration::from_secs(60),
-            compare_every: Duration::from_secs(600),
-            scrub_every: Duration::ZERO,
-            restarts: 0,
+            ..NodeConfig::for_tests(address("127.0.0.1:1"))
         }
     }
 

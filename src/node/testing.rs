@@ -131,7 +131,7 @@ impl TestContext {
         let node = view.nodes.iter().find_map(own).expect("this node");
 
         let peers = PeerCaller::over(transport.clone());
-        let config = config(&view.nodes[&node].address);
+        let config = NodeConfig::for_tests(view.nodes[&node].address.clone());
         let joining = Joining::new(config, Arc::new(RealPlatform), data, peers.clone());
         let joining = Arc::new(joining);
 
@@ -191,29 +191,4 @@ fn view(nodes: u8, last: DirectoryId) -> View {
     };
     let asked = PlacementSpec::from_flags(Some(3), Some(1));
     first_view(ClusterId(7), asked, (1..=nodes).map(node).collect()).expect("a view")
-}
-
-fn config(address: &Address) -> NodeConfig {
-    NodeConfig {
-        address: address.clone(),
-        public_address: None,
-        listen: vec![address.clone()],
-        view: None,
-        join_only: false,
-        asked: PlacementSpec::default(),
-        data_dir: "unused".into(),
-        cache_bytes: 1 << 20,
-        log_bytes: 256 << 20,
-        disk_reserve_bytes: None,
-        stop_timeout: Duration::from_secs(1),
-        replace_after: Duration::from_secs(300),
-        lost_disk_after: Duration::from_secs(30),
-        timing_factor: 1,
-        lease_drift_ms: None,
-        level_max: None,
-        raise_level_after: Duration::from_secs(60),
-        compare_every: Duration::from_secs(600),
-        scrub_every: Duration::ZERO,
-        restarts: 0,
-    }
 }

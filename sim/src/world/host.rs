@@ -4,7 +4,7 @@
 //! this one thread. So it ends at any moment, with all its tasks, by losing its runtime; it is
 //! paused by not being run; and its clock goes at a rate of its own.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -143,26 +143,18 @@ impl Host {
     ) -> Self {
         let mut random = SimRng::new(seed, &format!("host {index}"));
         let config = NodeConfig {
-            address: address.clone(),
-            public_address: None,
-            listen: vec![address.clone()],
             join_only: view.is_none(),
             view,
             asked,
-            data_dir: PathBuf::from("/node"),
-            cache_bytes: 1 << 20,
             log_bytes: setting.log_bytes,
-            disk_reserve_bytes: None,
-            stop_timeout: Duration::from_secs(1),
             replace_after: setting.replace_after,
             lost_disk_after: setting.lost_disk_after,
-            timing_factor: 1,
             lease_drift_ms: setting.lease_drift_ms,
             level_max: setting.level_at_first,
             raise_level_after: Duration::from_millis(500),
             compare_every: Duration::from_secs(2),
             scrub_every: setting.scrub_every,
-            restarts: 0,
+            ..NodeConfig::for_tests(address.clone())
         };
         Self {
             index,

@@ -3,7 +3,6 @@
 //! there; when one is ended, its runtime goes with its tasks and sockets.
 
 use parking_lot::Mutex;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::Duration;
@@ -80,26 +79,12 @@ pub fn addresses(count: usize) -> Vec<Address> {
 impl Host {
     pub fn new(address: Address, view: Vec<Address>, asked: PlacementSpec, seed: u64) -> Arc<Self> {
         let config = NodeConfig {
-            address: address.clone(),
-            public_address: None,
-            listen: vec![address.clone()],
             view: Some(view),
-            join_only: false,
             asked,
-            data_dir: PathBuf::from("/node"),
-            cache_bytes: 1 << 20,
-            log_bytes: 256 << 20,
-            disk_reserve_bytes: None,
-            stop_timeout: Duration::from_secs(1),
             replace_after: Duration::from_secs(600),
-            lost_disk_after: Duration::from_secs(30),
-            timing_factor: 1,
-            lease_drift_ms: None,
-            level_max: None,
             raise_level_after: Duration::from_millis(500),
             compare_every: Duration::from_millis(500),
-            scrub_every: Duration::ZERO,
-            restarts: 0,
+            ..NodeConfig::for_tests(address.clone())
         };
         let disks = Disks {
             disk: SimDisk::new(seed),

@@ -13,15 +13,15 @@ use self::fake::*;
 use super::pause::PAUSE_MAX;
 use super::write::{SHARD_BYTES_MAX, SHARD_OPERATIONS_MAX};
 use super::*;
-use crate::api::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardPage, ShardStatus};
+use crate::api::protocol::{ShardPage, ShardStatus};
 use crate::api::store::{Consistency, Item, Routing, ScanRange, WriteFailure};
 use crate::api::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
-use crate::sm::cluster::view::{PlacementSpec, SlotTable};
+use crate::sm::cluster::view::SlotTable;
 use crate::sm::kv::{
     Action, Condition, Media, OperationOutcome, Record, Write, WriteOutcome, WriteRejection,
 };
 use crate::sm::slots::slot_of;
-use crate::types::{ClusterId, DirectoryId, MoveId, NodeId, PlanEpoch, ReplicaId, Revision, Slot};
+use crate::types::{MoveId, PlanEpoch, Revision, Slot};
 
 #[tokio::test(start_paused = true)]
 async fn a_write_is_split_by_shard_and_answered_in_order() {

@@ -1,6 +1,7 @@
 //! A cluster of shards in memory, whose replies can be scripted.
 
 use super::*;
+use crate::client::testing as client_testing;
 
 /// A scripted call does this instead of being served.
 #[derive(Clone)]
@@ -296,50 +297,15 @@ impl ShardAccess for Fake {
 }
 
 pub fn status_of(state: &State, version: u64) -> ClusterStatus {
-    let address: Address = "a:1".parse().expect("an address");
-    let replica = ReplicaStatus {
-        id: ReplicaId(1),
-        node: NodeId(1),
-        health: ReplicaHealth::Leading,
-        applied: None,
-        leaving: false,
-    };
+    let base = client_testing::status(version, None, &["a:1".parse().expect("an address")]);
     let shard = |id: &GroupId| ShardStatus {
         id: *id,
-        home: NodeId(1),
-        leader: None,
-        term: None,
-        keys: None,
-        bytes: None,
-        slots: 0,
-        replicas: vec![replica.clone()],
-        witness: None,
-        alarm: None,
+        ..base.shards[0].clone()
     };
     ClusterStatus {
-        cluster: ClusterId(1),
-        epoch: PlanEpoch(1),
-        version: MapVersion(version),
-        level: 0,
-        asked: PlacementSpec::default(),
-        answered_by: NodeId(1),
-        meta_leader: None,
-        nodes: vec![NodeStatus {
-            id: NodeId(1),
-            address: address.clone(),
-            public_address: address,
-            directory: DirectoryId(1),
-            reachable: true,
-            leaving: false,
-            speaks: None,
-            holds_level: false,
-            failed: vec![],
-        }],
         shards: state.shards.keys().map(shard).collect(),
-        moves: vec![],
-        slots_astray: 0,
-        settled: true,
         slots: SlotTable::new(|slot| state.owner[&slot]),
+        ..base.clone()
     }
 }
 
