@@ -29,12 +29,12 @@ pub const MEDIA_TYPE: &str = "application/problem+json";
 
 /// Returns the failure that an answer with this status tells of.
 pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure {
-    if !is_of_node(headers, body) {
+    let Some(problem) = of_node(headers, body) else {
         return foreign_failure(status, body);
-    }
+    };
 
     // `Failure` puts its prefix before the reason when it is shown, so the node's own is taken off.
-    let text = detail(status, body);
+    let text = detail_of(Some(&problem), status, body);
     let reason = PREFIXES
         .iter()
         .find_map(|prefix| text.strip_prefix(prefix))
@@ -59,29 +59,20 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
     }
 }
 
-/// Returns the `code` of a problem that a node has written; none of any other answer.
-pub fn code(headers: &HeaderMap, body: &[u8]) -> Option<String> {
-    if !is_of_node(headers, body) {
+/// Returns the problem that a node has written; none of any other answer.
+pub fn of_node(headers: &HeaderMap, body: &[u8]) -> Option<serde_json::Value> {
+    let media_type = headers.get(CONTENT_TYPE)?.to_str().ok()?;
+    if media_type.split(';').next().map(str::trim) != Some(MEDIA_TYPE) {
         return None;
     }
     let problem: serde_json::Value = serde_json::from_slice(body).ok()?;
-    Some(problem.get("code")?.as_str()?.to_owned())
+    let is_ours = problem.get("type")?.as_str()?.starts_with(TYPE_PREFIX);
+    is_ours.then_some(problem)
 }
 
 /// Returns true if an answer is a problem that a node has written.
 pub fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
-    let media_type = headers
-        .get(CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default();
-    if media_type.split(';').next().map(str::trim) != Some(MEDIA_TYPE) {
-        return false;
-    }
-    let problem: Option<serde_json::Value> = serde_json::from_slice(body).ok();
-    let kind = problem
-        .as_ref()
-        .and_then(|problem| problem.get("type")?.as_str());
-    kind.is_some_and(|kind| kind.starts_with(TYPE_PREFIX))
+    of_node(headers, body).is_some()
 }
 
 /// Returns the failure that the answer of a server means which is no node: nobody knows what became
@@ -98,8 +89,11 @@ fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
 /// Returns the `detail` of a problem, else the body, else the status.
 pub fn detail(status: StatusCode, body: &[u8]) -> String {
     let problem: Option<serde_json::Value> = serde_json::from_slice(body).ok();
+    detail_of(problem.as_ref(), status, body)
+}
+
+fn detail_of(problem: Option<&serde_json::Value>, status: StatusCode, body: &[u8]) -> String {
     let detail = problem
-        .as_ref()
         .and_then(|problem| problem.get("detail")?.as_str())
         .map(str::to_owned);
     let text = detail.unwrap_or_else(|| String::from_utf8_lossy(body).trim().to_owned());

@@ -109,7 +109,7 @@ pub async fn operation(
     let get = NodeCall::get(&address, path, options.timeout + PATIENCE);
     let sent = transport.send(get).await;
     match answer(sent, &address, Effect::Safe).await? {
-        // What stands in front of a node, or in its place, may answer 404 to anything.
+        // A program in front of a node, or in its place, may answer 404 to anything.
         CallAnswer::Problem { code, .. } if code == UNKNOWN_OPERATION => Ok(None),
         answer => settle(answer, Effect::Safe).map(Some),
     }
@@ -183,18 +183,14 @@ async fn answer<T: DeserializeOwned>(
     }
     let headers = response.headers().clone();
     let body = reply::read_problem(response).await;
-    Ok(CallAnswer::Problem {
-        code: problem::code(&headers, &body).unwrap_or_default(),
-        failure: refusal(status, &headers, &body),
-    })
+    Ok(refusal(status, &headers, &body))
 }
 
-fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFailure {
-    let told: Refusal = match problem::is_of_node(headers, body) {
-        true => serde_json::from_slice(body).unwrap_or_default(),
-        false => Refusal::default(),
-    };
-    match (told.code.as_str(), told.epoch) {
+fn refusal<T>(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> CallAnswer<T> {
+    let told: Refusal = problem::of_node(headers, body)
+        .and_then(|problem| serde_json::from_value(problem).ok())
+        .unwrap_or_default();
+    let failure = match (told.code.as_str(), told.epoch) {
         (VIEW_REFUSED, _) => ViewChangeFailure::Refused {
             reason: told.detail,
         },
@@ -203,6 +199,10 @@ fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFa
         },
         (EPOCH_CHANGED, Some(current)) => ViewChangeFailure::EpochChanged { current },
         _ => ViewChangeFailure::Failed(problem::failure(status, headers, body)),
+    };
+    CallAnswer::Problem {
+        code: told.code,
+        failure,
     }
 }
 
