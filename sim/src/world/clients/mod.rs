@@ -41,16 +41,16 @@ use self::worker::Client;
 use super::network::{HostIndex, Network};
 use super::random::SimRng;
 
-/// How long one request is waited for.
+/// Time that one request is waited for.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// How long it is tried to do what must succeed at the end.
+/// Time in which what must succeed at the end is tried.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(90);
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 const CALLS_MAX: usize = 64;
-/// What the last listing takes at once.
+/// Keys that the last listing takes at once.
 const LAST_PAGE: usize = 1000;
 
-/// What clients work on.
+/// Says what clients work on.
 #[derive(Debug, Clone)]
 pub struct Workload {
     pub keys: Vec<String>,
@@ -234,7 +234,15 @@ impl Clients {
             loop {
                 let last = match store.status().await {
                     Ok(status) if status.settled => return Ok(()),
-                    Ok(status) => format!("{status:?}"),
+                    // Without its table of slots, which is thousands of lines.
+                    Ok(status) => format!(
+                        "plan {}, nodes {:?}, shards {:?}, moves {:?}, {} slots astray",
+                        status.epoch,
+                        status.nodes,
+                        status.shards,
+                        status.moves,
+                        status.slots_astray
+                    ),
                     Err(error) => error.to_string(),
                 };
                 if Instant::now() > deadline {

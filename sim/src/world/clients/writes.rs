@@ -16,7 +16,7 @@ use super::http::{Ask, Reply, Silence};
 use super::options;
 use super::worker::{Client, in_path};
 
-/// How often a write is sent that has an idempotency key.
+/// Attempts at a write that has an idempotency key.
 const ATTEMPTS_MAX: usize = 5;
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
@@ -116,7 +116,7 @@ impl Client {
                 }
             }
         }
-        // What was refused is not remembered, and would be done now.
+        // A refusal is not remembered: the write would be done now.
         if let Some(idempotency) = idempotency
             && !answers.contains(&Answer::Refused)
             && self.random.percent(30)
@@ -135,16 +135,14 @@ impl Client {
         is_atomic: bool,
     ) {
         // Of gets alone nothing is remembered, nor of those that go to a shard of their own.
-        let has_write = intents.iter().any(|intent| intent.action != Action::Get);
-        let is_remembered =
-            |intent: &Intent| intent.action != Action::Get || is_atomic && has_write;
-        if !has_write {
+        let is_get = |intent: &Intent| intent.action == Action::Get;
+        if intents.iter().all(is_get) {
             return;
         }
         let way = self.way();
         let again = self.attempt(&way, intents, Some(idempotency)).await;
         for ((intent, first), second) in intents.iter().zip(answers).zip(again) {
-            if is_remembered(intent) && !may_follow(*first, second) {
+            if (is_atomic || !is_get(intent)) && !may_follow(*first, second) {
                 self.book.lock().complain(format!(
                     "a write was answered {first:?} and then {second:?}: {intent:?}, under the \
                      key {idempotency}, by {way:?}"
