@@ -197,7 +197,7 @@ const WRITTEN: &[&str] = &[
 /// Directories with nothing in them that belongs to the repository.
 const UNWRITTEN: &[&str] = &["target", ".git", ".cluster", "quorate-data"];
 
-/// Where what is logged is up to others, or comes again with each round of a loop.
+/// Rooms in which others decide what is logged, or each round of a loop logs it again.
 const PROVOKED: &[&str] = &[
     "node/controllers/",
     "http/",

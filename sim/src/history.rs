@@ -61,7 +61,7 @@ pub enum Outcome {
     Got(Option<(Value, u64)>),
     /// The value, of which no revision was told.
     Read(Option<Value>),
-    /// Whether there is a value.
+    /// Tells whether there is a value.
     Found(bool),
     Put {
         created: bool,

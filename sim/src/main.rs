@@ -33,7 +33,7 @@ struct Arguments {
     /// The first of the seeds.
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// What may go wrong; kill, power, pause, partition, slow, reset and view if none is named.
+    /// Lets these go wrong; kill, power, pause, partition, slow, reset and view if none is named.
     #[arg(long, value_enum, value_delimiter = ',')]
     faults: Option<Vec<Fault>>,
     /// For how many milliseconds clients work before all is healed; each seed has its own if this

@@ -1,8 +1,8 @@
-//! Are the revisions of a slot such as they are said to be? All changes of a slot, whatever their
-//! key, have one row of revisions, without gaps; so they also tell whether operations on several of
-//! its keys happened at one moment.
+//! Judges the revisions of a slot. All changes of a slot, whatever their key, have one row of
+//! revisions, without gaps; so they also tell whether operations on several of its keys happened at
+//! one moment.
 //!
-//! What is judged here goes over the keys of a slot. Each key by itself is for `linearizable`.
+//! Kept out: each key by itself, which is for `linearizable`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -20,7 +20,7 @@ pub struct Change {
     pub returned: Duration,
 }
 
-/// What was read of several keys at one moment, if all is well.
+/// Holds what was read of several keys at one moment, if all is well.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     pub called: Duration,
@@ -29,7 +29,7 @@ pub struct Snapshot {
     pub read: Vec<(usize, Option<(Value, u64)>)>,
 }
 
-/// What clients were told of a slot.
+/// Holds what clients were told of a slot.
 #[derive(Debug, Default)]
 pub struct SlotHistory {
     pub changes: Vec<Change>,
@@ -47,7 +47,7 @@ impl SlotHistory {
     ///
     /// # Errors
     ///
-    /// What cannot.
+    /// Names what cannot.
     pub fn check(&self, last: Option<u64>) -> Result<(), String> {
         let mut row: BTreeMap<u64, Change> = BTreeMap::new();
         for change in &self.changes {
@@ -122,7 +122,7 @@ impl SlotHistory {
     }
 }
 
-/// What was called after another had returned has the higher revision.
+/// Asserts that what was called after another had returned has the higher revision.
 fn in_real_time(row: &BTreeMap<u64, Change>) -> Result<(), String> {
     let mut latest: Option<&Change> = None;
     for change in row.values() {

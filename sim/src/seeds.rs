@@ -17,15 +17,15 @@ const PROGRESS_EVERY_QUIET: Duration = Duration::from_secs(10);
 /// So many failures are shrunk. Each takes some ten lives.
 const SHRUNK_MAX: u64 = 3;
 
-/// Many lives.
+/// Runs many lives.
 pub struct Seeds {
     /// The first. The others differ in their seeds alone.
     pub first: Scenario,
-    /// How many; None: until there is no more time.
+    /// Number of lives; None: until there is no more time.
     pub count: Option<u64>,
     /// For how long; None: until all were run.
     pub time: Option<Duration>,
-    /// Whether each is run twice, to compare the two.
+    /// Runs each twice, to compare the two.
     pub is_twice: bool,
 }
 

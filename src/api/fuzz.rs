@@ -1,4 +1,4 @@
-//! What nodes tell each other outside of groups, as targets for `fuzzing`.
+//! Targets for `fuzzing`: what nodes tell each other outside of groups.
 
 use std::fmt::Debug;
 

@@ -1,4 +1,4 @@
-//! What clients are answered by whoever is at an address, as a target for `fuzzing`.
+//! A target for `fuzzing`: what clients are answered by whoever is at an address.
 
 /// Answers as text: a status, header lines, an empty line, and a body.
 pub mod answers {

@@ -112,7 +112,7 @@ impl Locator {
     ///
     /// # Errors
     ///
-    /// When too many requests wait for leaders already.
+    /// Fails if too many requests wait for leaders already.
     pub async fn find(&self, shard: GroupId, deadline: Instant) -> Result<Option<NodeId>, Failure> {
         // Before the look: a change that comes after it is not missed.
         let mut changed = Box::pin(self.lead_changed(shard));

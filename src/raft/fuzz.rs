@@ -1,4 +1,4 @@
-//! What replicas are sent, as targets for `fuzzing`.
+//! Targets for `fuzzing`: what replicas are sent.
 
 use bytes::{Bytes, BytesMut};
 

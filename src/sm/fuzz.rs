@@ -1,4 +1,4 @@
-//! What the core reads of logs, maps and other nodes, as targets for `fuzzing`.
+//! Targets for `fuzzing`: what the core reads of logs, maps and other nodes.
 
 use bytes::Bytes;
 

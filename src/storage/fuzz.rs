@@ -1,4 +1,4 @@
-//! What storage reads from the files of a data directory, as targets for `fuzzing`.
+//! Targets for `fuzzing`: what storage reads from the files of a data directory.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -20,7 +20,7 @@ use crate::common::{eventually, say};
 const IMAGE_BYTES: u64 = 4 << 30;
 const NODES: usize = 3;
 
-/// Who writes large values beside the load, and how large.
+/// Writers of large values beside the load, and their sizes.
 const LARGE_WRITERS: usize = 8;
 const LARGE_BYTES: usize = 1 << 20;
 const LARGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,7 +31,7 @@ const HANG_ON: Duration = Duration::from_secs(8);
 const SLOW_FOR: Duration = Duration::from_secs(1);
 const FAST_FOR: Duration = Duration::from_millis(30);
 
-/// How long a stuck cluster is waited for; it measures nothing.
+/// Bounds the wait for a stuck cluster; it measures nothing.
 const LIMIT: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -165,7 +165,7 @@ fn mount_all(place: &Path) -> Result<Vec<Mount>, String> {
         let image = place.join(format!("image-{id}"));
         format_image(&image, IMAGE_BYTES)?;
         let mount = Mount::image(&place.join(format!("disk-{id}")), &image)?;
-        // Whether it can be frozen is known before a test relies on it.
+        // Tried here, before a test relies on it.
         Frozen::freeze(&mount).map(drop)?;
         fs::create_dir_all(mount.path.join("data")).map_err(|error| error.to_string())?;
         Ok(mount)

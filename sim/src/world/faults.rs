@@ -44,8 +44,8 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// What goes wrong where nothing is named. The others are younger, and not every life with them
-    /// is clean yet.
+    /// Strike where nothing is named. The others are younger, and not every life with them is clean
+    /// yet.
     pub const USUAL: [Fault; 7] = [
         Fault::Kill,
         Fault::Power,
@@ -229,7 +229,7 @@ impl World {
         }
         match fault {
             Fault::Rot => {
-                // What a process has read is not read from the disk again, and a page of a tree
+                // A process reads nothing of the disk a second time, and a page of a tree
                 // has a checksum there, which the trees of a simulation lack: only a start finds
                 // what has rotted in them.
                 let is_tree = self.random.percent(30);

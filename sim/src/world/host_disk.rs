@@ -11,7 +11,7 @@ use quorate::types::DirectoryId;
 use super::network::HostIndex;
 use super::random::SimRng;
 
-/// Where segments of the log, snapshot files and what witnesses have are.
+/// Folders of segments of the log, of snapshot files and of what witnesses have.
 const LOG: &str = "/node/log";
 const SNAPSHOTS: &str = "/node/snapshots";
 

@@ -27,15 +27,15 @@ const LOOK_DEEP_EVERY_MS: u64 = 1000;
 /// Between two looks whether nodes hold no more than they need.
 const FLOOR_EVERY_MS: u64 = 200;
 
-/// What is simulated. The life follows from it, to the last byte.
+/// Says what is simulated. The life follows from it, to the last byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scenario {
     pub seed: u64,
-    /// What may go wrong.
+    /// Kinds of faults that strike.
     pub faults: Vec<Fault>,
     /// For how long clients work; None: the seed says.
     pub work_ms: Option<u64>,
-    /// What is wrong with the nodes.
+    /// Fault of the nodes themselves.
     pub mutant: Option<Mutant>,
 }
 
@@ -102,7 +102,7 @@ pub(super) struct World {
     events_planned: u64,
     pub(super) paused: Vec<bool>,
     pub(super) setting: Setting,
-    /// What a node had was lost, or is rotten: nothing else may be.
+    /// True once something that a node had was lost or is rotten: nothing else may be.
     pub(super) is_wounded: bool,
     pub(super) changes: Vec<Accepted>,
     pub(super) life: Life,

@@ -29,7 +29,7 @@ pub struct Setting {
     pub lost_disk_after: Duration,
     pub scrub_every: Duration,
     pub log_bytes: u64,
-    /// How disks are when nothing is wrong with them; None: they take no time.
+    /// Pace of disks with which nothing is wrong; None: they take no time.
     pub disk_pace: Option<DiskPace>,
     /// The level that nodes speak until they are started again.
     pub level_at_first: Option<u16>,

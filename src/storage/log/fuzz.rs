@@ -1,4 +1,4 @@
-//! What the log reads back from its disk, as targets for `fuzzing`.
+//! Targets for `fuzzing`: what the log reads back from its disk.
 
 use std::path::PathBuf;
 use std::sync::Arc;

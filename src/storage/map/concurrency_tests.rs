@@ -343,7 +343,7 @@ fn fill_table(state: &ReplicaMap) {
     state.apply(batch, applied(next)).expect("applied");
 }
 
-/// What is more than enough for what must not follow writers for ever.
+/// Tables of writers who go on: more than whoever must not follow them for ever may write.
 const TABLES_MAX: u64 = 300;
 
 #[test]

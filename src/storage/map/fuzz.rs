@@ -1,4 +1,4 @@
-//! What a map reads of itself, as targets for `fuzzing`.
+//! Targets for `fuzzing`: what a map reads of itself.
 
 use std::path::Path;
 
@@ -67,7 +67,7 @@ pub mod redo {
     }
 }
 
-/// What trees say of themselves, and the same with the right checksum.
+/// Reads what trees say of themselves, and the same with the right checksum.
 pub mod tree_records {
     use super::*;
 

@@ -12,18 +12,18 @@ use quorate_sim::revisions::{Change, SlotHistory, Snapshot};
 
 use super::reads::Page;
 
-/// What was asked of each key, and answered.
+/// Holds what was asked of each key, and answered.
 #[derive(Debug, Default)]
 pub struct Book {
     keys: Vec<String>,
     histories: Vec<Vec<Operation>>,
     slots: BTreeMap<Slot, SlotHistory>,
-    /// Where the operations of each batch of one slot stand in the histories of their keys.
+    /// Places of the operations of each batch of one slot, in the histories of their keys.
     batches: Vec<Vec<(usize, usize)>>,
     counts: Vec<KeyCount>,
     /// The last that was read of each key, for conditions.
     known: BTreeMap<usize, (Value, u64)>,
-    /// What no answer may be.
+    /// Answers that may not be.
     absurd: Vec<String>,
     next_value: u64,
     pub answered: u64,
@@ -33,7 +33,7 @@ pub struct Book {
     pub working: usize,
 }
 
-/// How many keys there were, as a client was told.
+/// Holds how many keys there were, as a client was told.
 #[derive(Debug, Clone, Copy)]
 struct KeyCount {
     called: Duration,
@@ -41,7 +41,7 @@ struct KeyCount {
     keys: u64,
 }
 
-/// When something was asked, and answered.
+/// Holds when something was asked, and answered.
 #[derive(Debug, Clone, Copy)]
 pub struct Times {
     pub client: usize,
@@ -49,7 +49,7 @@ pub struct Times {
     pub returned: Duration,
 }
 
-/// What came of an operation.
+/// Tells what came of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Told(Outcome),
@@ -191,7 +191,7 @@ impl Book {
                 Answer::Told(Outcome::Put { revision, .. }) | Answer::DeletedAt(revision) => {
                     revisions.push(*revision);
                 }
-                // What was read before its own writes is of one moment only if there are none.
+                // Its gets, which are before its own writes, are of one moment only if it has none.
                 Answer::Told(Outcome::Got(got)) => read.push((*key, *got)),
                 _ => {}
             }
@@ -279,7 +279,7 @@ impl Book {
     ///
     /// # Errors
     ///
-    /// What cannot.
+    /// Names what cannot.
     pub fn check(&mut self, revisions: &BTreeMap<Slot, u64>) -> Result<(), String> {
         if let Some(absurd) = self.absurd.first() {
             return Err(absurd.clone());

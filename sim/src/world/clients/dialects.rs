@@ -78,7 +78,7 @@ impl Client {
                     })
                     .collect();
                 let ask = Ask::new(Method::PUT, "/set").json(&pairs.into());
-                // Where some failed, it is not looked at which.
+                // If some failed, it is not looked at which.
                 self.put_all(keys, &values, &ask, |reply| reply.status.as_u16() == 200)
                     .await;
             }

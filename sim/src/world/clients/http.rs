@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 
 use crate::world::network::Ways;
 
-/// How often a client goes where it is sent.
+/// Redirects that a client follows.
 const REDIRECTS_MAX: usize = 5;
 
 /// Asks servers over HTTP.
@@ -30,7 +30,7 @@ pub struct Ask {
     pub body: Bytes,
 }
 
-/// Why there is no answer.
+/// Tells why there is no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Silence {
     /// It certainly was not done.

@@ -16,12 +16,12 @@ use super::options;
 use super::worker::{Client, in_path};
 use super::writes::{Way, value_of};
 
-/// What a shard may tell of one listing.
+/// Pages that a listing may take.
 const PAGES_MAX: usize = 60;
 /// Added to the number of a client, to tell such reads apart in a history.
 const STALE_READERS: usize = 1000;
 
-/// What was found of a key: the value and its revision, as far as they were asked for.
+/// Holds what was found of a key: the value and its revision, as far as they were asked for.
 pub type Found = Option<(Value, u64)>;
 
 /// A page of a listing.
@@ -45,7 +45,7 @@ impl Client {
 
     /// Reads what the replica at hand has: what the key held at some time.
     ///
-    /// How old that is, the replica says too. It is not looked at: a follower counts from when it
+    /// The replica says, too, how old that is. It is not looked at: a follower counts from when it
     /// was told by its leader, and what it was told may have been on its way for long.
     pub async fn get_stale(&mut self, key: usize) {
         let server = self.random.pick(&self.servers).clone();

@@ -17,7 +17,7 @@ const LOG_BYTES_MAX: u64 = 5 * (16 << 20);
 ///
 /// # Errors
 ///
-/// What is still held that nobody needs.
+/// Names what is still held that nobody needs.
 pub fn check(hosts: &[Host]) -> Result<(), String> {
     for host in hosts {
         check_host(host).map_err(|what| format!("node {}: {what}", host.index))?;
@@ -44,7 +44,7 @@ fn check_host(host: &Host) -> Result<(), String> {
         }
         if !key.group.is_meta() {
             check_map(&replica)
-                // What cannot be read is met, and told of, by the node itself.
+                // The node itself meets, and tells of, what cannot be read.
                 .unwrap_or(Ok(()))
                 .map_err(|what| format!("replica {key} {what}"))?;
         }
@@ -91,7 +91,7 @@ fn check_files(host: &Host) -> Result<(), String> {
     }
 }
 
-/// What is in a map belongs to slots that are served there.
+/// Looks whether all that is in a map belongs to slots that are served there.
 fn check_map(replica: &Replica) -> Result<Result<(), String>, StoreError> {
     let map = replica.state();
     let map = map.read();

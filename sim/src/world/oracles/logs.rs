@@ -21,7 +21,7 @@ pub struct LogOracle {
     committed: BTreeMap<(GroupId, u64), (u64, Option<u64>)>,
     /// Through where the log of each replica was compared, since a start of its process.
     compared: BTreeMap<(ReplicaKey, u64), u64>,
-    /// How far each replica's log is synced, or was when it was last seen.
+    /// End of what is synced of each replica's log, or was when it was last seen.
     synced: BTreeMap<(GroupId, ReplicaId), LogId>,
     /// Through where each group's entries were found on a majority.
     found: BTreeMap<GroupId, u64>,
@@ -57,7 +57,7 @@ impl LogOracle {
         Ok(())
     }
 
-    /// What a log holds for synced, its disk keeps through a power cut.
+    /// Looks whether a disk keeps through a power cut what its log holds for synced.
     pub fn look_at_disks(&self, hosts: &[Host]) -> Result<(), String> {
         for host in hosts {
             // Any replica will do: all of a node share a log.
@@ -157,7 +157,7 @@ impl LogOracle {
         let mut next = (*compared).max(purged) + 1;
         *compared = committed.index.max(*compared);
         while next <= committed.index {
-            // What cannot be read is met, and told of, by the node itself.
+            // The node itself meets, and tells of, what cannot be read.
             let Ok(entries) = log.read(next..committed.index + 1, READ_BYTES_MAX) else {
                 return Ok(());
             };

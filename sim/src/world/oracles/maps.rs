@@ -37,7 +37,7 @@ struct ShardLook {
     is_new: bool,
 }
 
-/// What is in a slot, counted.
+/// Counts what is in a slot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Counted {
     keys: u64,
@@ -63,7 +63,7 @@ impl MapOracle {
         let Some(applied) = replica.state().applied().log_id else {
             return Ok(());
         };
-        // What cannot be read is met, and told of, by the node itself.
+        // The node itself meets, and tells of, what cannot be read.
         if !replica.key().group.is_meta() {
             self.look_at_slots(replica, applied, depth)
                 .unwrap_or(Ok(()))?;

@@ -17,7 +17,7 @@ use self::logs::LogOracle;
 use self::maps::MapOracle;
 use super::host::Host;
 
-/// What was seen so far.
+/// Remembers what was seen so far.
 #[derive(Debug, Default)]
 pub struct Oracles {
     leaders: BTreeMap<(GroupId, u64), ReplicaId>,
@@ -26,10 +26,10 @@ pub struct Oracles {
     pub leaders_seen: u64,
 }
 
-/// How much is looked at.
+/// Says how much is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Depth {
-    /// What may be over before the next look.
+    /// Looks only at what may be over before the next look.
     Shallow,
     /// The roles of replicas, their logs, and what they know of slots.
     Usual,
@@ -47,7 +47,7 @@ impl Oracles {
     ///
     /// # Errors
     ///
-    /// What must not be.
+    /// Names what must not be.
     pub fn look(&mut self, hosts: &[Host], depth: Depth) -> Result<(), String> {
         self.logs.look_at_positions(hosts)?;
         if depth == Depth::Shallow {
